@@ -30,16 +30,22 @@ from partitioner.analysis.cost.attention_exchange import choose_exchange, neighb
 from partitioner.analysis.layouts.dealt_experts import expert_bodies
 from partitioner.analysis.layouts.infer_layout import FILLED, Layouts
 from partitioner.analysis.layouts.memoise import Inferrer
-from partitioner.analysis.layouts.own_tokens import held_alike, is_own, rows_of, tokens_dim, with_own
+from partitioner.analysis.layouts.own_tokens import (
+    has_own,
+    rows_of,
+    summed_by_experts,
+    tokens_dim,
+    with_own,
+    works_row_by_row,
+)
 from partitioner.analysis.stages.order_nodes import sizes_from_inputs
 from partitioner.compile.insert_collectives import OVER_AXES, Rewriter, over_other_axes
-from partitioner.errors import LayoutError, PlanError
+from partitioner.errors import PlanError
 from partitioner.program.node_arguments import arguments, describe, map_nodes, node_values, operation, symbols_of
 from partitioner.program.plan import SP_ATTENTION
 from partitioner.program.program import Entry, Program
-from partitioner.proof.layouts import SPECIAL, layout_or_problem
-from partitioner.sharding.layout import REPLICATED, Layout, Rows
-from partitioner.sharding.mesh import AXES, EXPERT_AXES
+from partitioner.proof.layouts import SPECIAL, infer_layouts, layout_or_problem
+from partitioner.sharding.layout import Layout, Rows
 from runtime.ops.attention import attention
 from runtime.ops.rows import collect_rows
 from runtime.ops.rows.sequence_attention import sequence_attention
@@ -112,7 +118,7 @@ class _Deal:
         self.symbol = program.symbols[KIND]
         self.rows = Rows((axis,), KIND, ORDER)
         self.whole: Layouts = {}
-        """How each value was held."""
+        """How each value was held, before its tokens were dealt out."""
         self.now: Layouts = {}
         self.rewriter = Rewriter(program, self.now)
         self.inferrer = Inferrer(program)
@@ -122,14 +128,15 @@ class _Deal:
         """Of such a value, or of a number of tokens: that of the rank's own tokens."""
         self.kept: set[fx.Node] = set()
         """Experts that need the tokens of all ranks."""
-        self.gone = frozenset({axis, *EXPERT_AXES} - (set(AXES) - {axis}))
-        """Axes over which no sum of own tokens is left: these have been summed where experts end."""
+        self.summed = summed_by_experts(axis)
 
     def run(self) -> None:
         sizes_from_inputs(self.program)
         nodes = list(self.program.graph.nodes)
+        self.whole = infer_layouts(self.program, self.inferrer)
         for node in nodes:
-            self._note(node)
+            if node in self.whole and self._is_of_inputs(node):
+                self.of_inputs.add(node)
         for body in expert_bodies(self.program, self.whole):
             if not body.takes_own(self.axis):
                 self.kept |= body.nodes
@@ -142,27 +149,14 @@ class _Deal:
         self.program.graph.eliminate_dead_code()
         self.program.graph.lint()
 
-    # -- as it was -----------------------------------------------------------------------------------------------------
-
-    def _note(self, node: fx.Node) -> None:
+    def _is_of_inputs(self, node: fx.Node) -> bool:
+        """Whether a value is made of inputs, sizes and buffers; of its operands that is known."""
         if node.op == "placeholder":
-            self.whole[node] = self.program.given(node.meta["val"])
-            self.of_inputs.add(node)
-        elif node.op == "get_attr":
-            weight = self.program.weights[str(node.target)]
-            self.whole[node] = self.program.weight_layouts.get(weight.name, REPLICATED(len(weight.shape)))
-            if weight.source in ("computed", "constant"):
-                self.of_inputs.add(node)
-        elif node.op == "call_function" and node_values(node):
-            found = layout_or_problem(self.program, node, self.whole, self.inferrer)
-            if isinstance(found, str):
-                raise LayoutError(f"{node.name}: {found}")
-            self.whole[node] = found[0]
-            is_filled = operation(node) in FILLED  # it reads the dtype of an operand, and no values
-            if is_filled or all(n in self.of_inputs or not node_values(n) for n in node.all_input_nodes):
-                self.of_inputs.add(node)
-
-    # -- with own tokens -----------------------------------------------------------------------------------------------
+            return True
+        if node.op == "get_attr":
+            return self.program.weights[str(node.target)].source in ("computed", "constant")
+        # what is filled reads the dtype of an operand, and no values
+        return operation(node) in FILLED or all(n in self.of_inputs or not node_values(n) for n in node.all_input_nodes)
 
     def _place(self, node: fx.Node) -> None:
         self.now[node] = self.whole[node]
@@ -205,13 +199,8 @@ class _Deal:
         found = layout_or_problem(self.program, node, self.now, self.inferrer)
         if isinstance(found, str) or any(self.now[n] != want for n, want in found[1]):
             return None
-        several = (found[0], whole) if isinstance(whole, tuple) else ((found[0],), (whole,))
-        for value, own, layout in zip(node_values(node), *several, strict=True):
-            tokens = [dim for dim, size in enumerate(value.shape) if self.symbol in symbols_of(size)]
-            alike = held_alike(own, layout, self.rows) and own.partial == layout.partial - self.gone
-            if not alike or not all(is_own(own.dims[dim], self.rows) for dim in tokens):
-                return None
-        return found[0]
+        alike = works_row_by_row(node, found[0], whole, self.rows, self.symbol, self.summed)
+        return found[0] if alike else None
 
     def _spell_out(self, node: fx.Node) -> None:
         """A size left to be found out, -1, cannot be found where a rank has no tokens."""
@@ -318,14 +307,14 @@ class _Deal:
             return source
         if self.axis in layout.partial:
             return self.rewriter.scattered(source, dim, own)
-        return self.rewriter.converted(source, Layout(layout.dims, layout.partial - self.gone).with_dim(dim, own))
+        return self.rewriter.converted(source, Layout(layout.dims, layout.partial - self.summed).with_dim(dim, own))
 
     def _narrow(self, node: fx.Node, own: fx.Node) -> None:
         """`node` over those of its axes whose ranks have the same tokens; nothing where there are none."""
         total = arguments(node)["total"] if node.target is collect_rows else None
         if isinstance(total, fx.Node):
             total = self._own(total)
-        if over_other_axes(self.program, node, own, self.gone, total=total):
+        if over_other_axes(self.program, node, own, self.summed, total=total):
             self.now[node] = SPECIAL[node.target](self.program, node, self.now)
         else:
             node.replace_all_uses_with(own)
@@ -348,9 +337,7 @@ class _Deal:
         return tuple(found) if isinstance(self.whole[node], tuple) else found[0]
 
     def _has_rows(self, node: fx.Node) -> bool:
-        layout = self.now.get(node)
-        several = layout if isinstance(layout, tuple) else (layout,)
-        return any(is_own(dim, self.rows) for each in several if each for dim in each.dims)
+        return has_own(self.now.get(node), self.rows)
 
     def _why(self, node: fx.Node) -> str:
         found = layout_or_problem(self.program, node, self.now, self.inferrer)

@@ -29,6 +29,7 @@ from partitioner.program.node_arguments import arguments
 from partitioner.program.program import Entry, Program, Value
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import REPLICATED, Split
+from runtime.ops.communicating import axis_argument
 from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
 from runtime.ops.experts import limit_experts
 
@@ -139,8 +140,7 @@ class ExpertParallel:
     def _deal(self, program: Program, region: Region, owners: Owners, axes: tuple[str, ...], exchange: str) -> None:
         split = Split(axes, tuple(IndexSet.of(mine) for mine in owners))
         for name, dim in region.weights.items():
-            layout = program.weight_layouts.get(name, REPLICATED(len(program.weights[name].shape)))
-            program.weight_layouts[name] = layout.with_dim(dim, split)
+            program.weight_layouts[name] = program.layout_of(name).with_dim(dim, split)
         _Deal(program, region, owners, axes, self.capacity).write(exchange)
 
 
@@ -162,7 +162,7 @@ class _Deal:
     def write(self, exchange: str) -> None:
         a, gates = arguments(self.dispatch), arguments(self.combine)["gates"]
         hidden, index = a["hidden"], a["index"]
-        axis = self.axes[0] if len(self.axes) == 1 else self.axes
+        axis = axis_argument(self.axes)
         back = None
         with self.program.graph.inserting_before(self.dispatch):
             if self.capacity:

@@ -23,6 +23,7 @@ from partitioner.program.program import Entry, Program, Value
 from partitioner.sharding.layout import REPLICATED, Layout, Rows
 from runtime.ops.cached_attention import last_token
 from runtime.ops.collectives import all_gather, all_reduce
+from runtime.ops.communicating import axis_argument
 from runtime.ops.local import reorder
 from runtime.ops.rows.share_rows import collect_rows, own_last_token
 
@@ -46,9 +47,8 @@ class LastToken:
     def run(self, program: Program) -> Program:
         output = program.graph.output_node()
         (logits,) = output.all_input_nodes
-        if (
-            logits.target is collect_rows and logits.kwargs["dim"] == 1
-        ):  # of one token each there are no rows to collect
+        if logits.target is collect_rows and logits.kwargs["dim"] == 1:
+            # of one token each there are no rows to collect
             (rows,) = [source for source in logits.all_input_nodes if isinstance(source.meta["val"], Value)]
             output.replace_input_with(logits, rows)
             program.graph.erase_node(logits)
@@ -104,8 +104,7 @@ def _of_each(program: Program, place: fx.Node, last: fx.Node) -> fx.Node:
             own = program.graph.call_function(own_last_token, given, options)
             partial = _of_one_token(layout)
             own.meta = {**meta, "layout": Layout(partial.dims, partial.partial | set(rows.axes))}
-            axis = rows.axes[0] if len(rows.axes) == 1 else rows.axes
-            picked = program.graph.call_function(all_reduce, (own, axis))
+            picked = program.graph.call_function(all_reduce, (own, axis_argument(rows.axes)))
     picked.meta = meta
     for user in users:
         user.replace_input_with(place, picked)

@@ -25,8 +25,8 @@ from partitioner.compile.insert_collectives import Rewriter
 from partitioner.errors import LayoutError, PlanError
 from partitioner.program.node_arguments import node_values, operation, symbols_of
 from partitioner.program.program import Program, Value
-from partitioner.proof.layouts import layout_or_problem
-from partitioner.sharding.layout import REPLICATED, Layout, Rows
+from partitioner.proof.layouts import infer_layouts, layout_or_problem
+from partitioner.sharding.layout import Layout, Rows
 from runtime.ops.collectives import all_reduce
 from runtime.ops.communicating import read_call
 from runtime.ops.rows import scatter_rows
@@ -60,7 +60,7 @@ class _Run:
         self.program, self.axis = program, axis
         self.symbol = program.symbols[KIND]
         self.whole: Layouts = {}
-        """How each value was held."""
+        """How each value was held, before its tokens were shared out."""
         self.now: Layouts = {}
         self.rewriter = Rewriter(program, self.now)
         self.inferrer = Inferrer(program)
@@ -68,10 +68,8 @@ class _Run:
     def run(self) -> None:
         for node in list(self.program.graph.nodes):
             self._sink(node)
-        nodes = list(self.program.graph.nodes)
-        for node in nodes:
-            self._note(node)
-        for node in nodes:
+        self.whole = infer_layouts(self.program, self.inferrer)
+        for node in list(self.program.graph.nodes):
             if node.op == "output":
                 self._give_whole(node)
             elif node not in self.whole:
@@ -101,18 +99,6 @@ class _Run:
             # what it was laid out as no longer is
             for each in (user, node):
                 each.meta.pop("layout", None)
-
-    def _note(self, node: fx.Node) -> None:
-        if node.op == "placeholder":
-            self.whole[node] = REPLICATED(len(node.meta["val"].shape))
-        elif node.op == "get_attr":
-            shape = self.program.weights[str(node.target)].shape
-            self.whole[node] = self.program.weight_layouts.get(str(node.target), REPLICATED(len(shape)))
-        elif node.op == "call_function" and node_values(node):
-            found = layout_or_problem(self.program, node, self.whole, self.inferrer)
-            if isinstance(found, str):
-                raise LayoutError(f"{node.name}: {found}")
-            self.whole[node] = found[0]
 
     def _is_reduction(self, node: fx.Node) -> bool:
         """Whether its result, needed by every rank, can be each rank's own tokens of it."""

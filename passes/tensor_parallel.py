@@ -28,7 +28,7 @@ from partitioner.errors import PlanError
 from partitioner.program.node_arguments import arguments, node_values, operation
 from partitioner.program.program import Entry, Program
 from partitioner.sharding.index_set import IndexSet
-from partitioner.sharding.layout import REPLICATED, Layout, Split, in_order, points
+from partitioner.sharding.layout import Layout, Split, in_order, points
 from runtime.ops.attention import attention
 from runtime.ops.embedding import vocab_parallel_embedding
 
@@ -130,7 +130,7 @@ class TensorParallel:
 
 
 def _layout(program: Program, name: str, splits: dict[int, Split]) -> Layout:
-    layout = program.weight_layouts.get(name, REPLICATED(len(program.weights[name].shape)))
+    layout = program.layout_of(name)
     for dim, split in splits.items():
         layout = layout.with_dim(dim, split)
     return layout

@@ -31,7 +31,7 @@ from partitioner.program.program import Entry, Program, Value
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import Layout, Rows, Split, in_order, points
 from runtime.ops.collectives import all_gather, all_reduce
-from runtime.ops.communicating import read_call
+from runtime.ops.communicating import Axes, axis_argument, read_call
 from runtime.ops.local import once, reorder, shard
 from runtime.ops.rows import collect_rows, scatter_rows, take_rows
 
@@ -289,27 +289,25 @@ class Rewriter:
         return self._latest_size or [n for n in self.program.graph.nodes if n.op == "placeholder"][-1]
 
 
-def _over(axes: Iterable[str]) -> str | tuple[str, ...]:
-    """As graphs name axes: one by its name, several as a tuple."""
-    found = in_order(axes)
-    return found[0] if len(found) == 1 else found
+def _over(axes: Iterable[str]) -> Axes:
+    return axis_argument(in_order(axes))
 
 
 OVER_AXES = (all_reduce, once, take_rows, collect_rows)
 """Ops that `over_other_axes` knows."""
 
 
-def over_other_axes(program: Program, node: fx.Node, own: fx.Node, gone: frozenset[str], *, total: Any = None) -> bool:
-    """Makes `node` work on `own` over its axes that are not `gone`; False, and left as it is, where there are none.
+def over_other_axes(program: Program, node: fx.Node, own: fx.Node, summed: frozenset[str], *, total: Any) -> bool:
+    """Makes `node` work on `own` over its axes that are not `summed`; False, and left as it is, where there are none.
 
     all_reduce(x, ("sp", "tp"))       a sum over tp        what it was over sp has been summed elsewhere
     once(x, first)                    once in a sum over tp
     take_rows(x, axes=["sp", "tp"])   of own tokens, those that a rank of tp is to send
     collect_rows(x, total, ..)        own tokens again; `total`: how many of these there are
 
-    total: of collect_rows, how many tokens `own` is a part of.
+    total: of collect_rows, how many tokens `own` is a part of; None for the others.
     """
-    left = tuple(axis for axis in _axes(program, node) if axis not in gone)
+    left = tuple(axis for axis in _axes(program, node) if axis not in summed)
     if not left:
         return False
     parts = program.mesh.size(*left)

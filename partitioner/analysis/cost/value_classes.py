@@ -57,7 +57,7 @@ class ValueClasses:
     def layouts(self, node: fx.Node) -> tuple[Layout, ...]:
         values = node_values(node)
         if node.op == "get_attr":
-            return (self.program.weight_layouts.get(str(node.target), REPLICATED(len(values[0].shape))),)
+            return (self.program.layout_of(str(node.target)),)
         found = node.meta.get("layout")
         if isinstance(found, Layout):
             return (found,)
