@@ -23,8 +23,9 @@ from torch import Tensor
 from partitioner.analysis.report.report import Report
 from partitioner.cli.common.options import Compile, Job
 from partitioner.cli.compare import Divergence, difference, first_divergence, tolerance
-from partitioner.compile.partition import compile_program, trace
+from partitioner.compile.partition import compile_program
 from partitioner.compile.parts import Parts
+from partitioner.compile.tracing.trace import trace
 from partitioner.errors import CaptureError, InputError, WeightError
 from partitioner.proof.float64 import ExactArithmetic, in_float64
 from partitioner.storage.named_model import dtype_named, load_config, load_model

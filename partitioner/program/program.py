@@ -51,7 +51,7 @@ class Input:
     """An explicit input: its name (a keyword of the run), its value, and what stands in where the user gives none.
 
     default: "required" | "arange" (0..S-1 per row) | "ones" | "zeros"
-    bound: the values that it may have; see `partitioner.compile.input_bounds`
+    bound: the values that it may have; see `partitioner.compile.tracing.input_bounds`
     without: the token besides which the default is not what the model does without this input; None: there is none
     """
 

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from partitioner import Plan, load, partition
-from partitioner.compile.partition import compile_steps
+from partitioner.compile.generation import compile_steps
 from partitioner.program import Program
 from partitioner.program.program import Value
 from runtime.execution.prompts import tokens_as_rows

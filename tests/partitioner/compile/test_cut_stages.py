@@ -10,9 +10,9 @@ from torch import Tensor, fx
 
 import partitioner
 from partitioner.compile.emit import Emitter
-from partitioner.compile.partition import trace
 from partitioner.compile.parts import Parts
 from partitioner.compile.run_passes import choose, run_passes
+from partitioner.compile.tracing.trace import trace
 from partitioner.errors import LayoutError
 from partitioner.program import Program
 from partitioner.program.model_record import ModelRecord

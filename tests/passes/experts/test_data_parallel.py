@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from partitioner import Parts, Plan
-from partitioner.compile.partition import compile_program, trace
+from partitioner.compile.partition import compile_program
+from partitioner.compile.tracing.trace import trace
 from partitioner.errors import LayoutError
 from partitioner.program import Program
 from partitioner.program.program import State

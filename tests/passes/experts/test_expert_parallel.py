@@ -12,7 +12,8 @@ import torch
 
 from partitioner import Plan
 from partitioner.cli.compare import difference
-from partitioner.compile.partition import compile_program, trace
+from partitioner.compile.partition import compile_program
+from partitioner.compile.tracing.trace import trace
 from partitioner.errors import LayoutError, PlanError
 from partitioner.program import Program
 from partitioner.program.balance import deal

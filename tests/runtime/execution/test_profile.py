@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from partitioner import Parts, Plan
-from partitioner.compile.partition import compile_program, trace
+from partitioner.compile.partition import compile_program
+from partitioner.compile.tracing.trace import trace
 from partitioner.errors import CommunicationError, InputError
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import ThreadGroup

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from partitioner.cli.compare import difference
-from partitioner.compile.partition import compile_program, trace_step
+from partitioner.compile.partition import compile_program
+from partitioner.compile.tracing.trace import trace_step
 from partitioner.errors import InputError, PlanError
 from partitioner.program import Program
 from partitioner.program.plan import Plan
