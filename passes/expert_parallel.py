@@ -22,7 +22,7 @@ from torch import fx
 
 from partitioner.analysis.cost.expert_exchange import OwnTokens, destinations
 from partitioner.analysis.layouts.expert_regions import Region, find_regions
-from partitioner.analysis.layouts.shared_sums import joins_a_product
+from partitioner.analysis.layouts.partial_sums import joins_a_product
 from partitioner.errors import PlanError
 from partitioner.program.balance import Owners, deal
 from partitioner.program.node_arguments import arguments

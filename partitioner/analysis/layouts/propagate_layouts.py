@@ -16,6 +16,7 @@ from torch import fx
 from partitioner.analysis.layouts.infer_layout import Inference, Layouts
 from partitioner.analysis.layouts.localise import Localised
 from partitioner.analysis.layouts.memoise import Inferrer
+from partitioner.analysis.layouts.partial_sums import addends, is_linear_in
 from partitioner.analysis.rules import notation
 from partitioner.analysis.rules.data_movement import is_move
 from partitioner.program.node_arguments import arguments, describe, evaluate, node_values
@@ -232,7 +233,7 @@ class _Placing:
         nodes, best = [source], 0
         while (user := self._only_user(nodes[-1])) is not None and self._passes(user, nodes[-1]):
             nodes.append(user)
-            joined = any(n is not nodes[-2] and self._will_be_partial(n, user) for n in self._addends(user))
+            joined = any(n is not nodes[-2] and self._will_be_partial(n, user) for n in addends(user))
             if joined or self._size(user) < self._size(nodes[best]):
                 best = len(nodes) - 1
         return nodes[: best + 1]
@@ -248,23 +249,8 @@ class _Placing:
         return total
 
     def _passes(self, user: fx.Node, operand: fx.Node) -> bool:
-        """Whether a partial sum may stay one through `user`: linear in the operand, one tensor out, no contraction."""
-        if not isinstance(user.meta.get("val"), Value):
-            return False
-        if is_move(user):
-            return sum(bool(node_values(n)) for n in user.all_input_nodes) == 1
-        rule = notation(user)
-        places = [i for i, o in enumerate(rule.operands) if o.node is operand]
-        contracts = rule.sums and len(rule.operands) > 1
-        if len(places) != 1 or contracts or places[0] in rule.denominators:
-            return False
-        return any(places[0] in term for term in rule.terms)
-
-    def _addends(self, user: fx.Node) -> list[fx.Node]:
-        rule = None if is_move(user) else notation(user)
-        if rule is None or len(rule.terms) < 2:
-            return []
-        return [rule.operands[i].node for term in rule.terms for i in term]
+        """Whether a partial sum may stay one through `user`: linear in the operand, and one tensor out."""
+        return isinstance(user.meta.get("val"), Value) and is_linear_in(user, operand)
 
     def _will_be_partial(self, node: fx.Node, user: fx.Node) -> bool:
         if self._only_user(node) is not user:
