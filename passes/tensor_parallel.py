@@ -152,9 +152,6 @@ class _Rewriting(Rewriter):
 
     def run(self) -> None:
         for node in list(self.program.graph.nodes):
-            held = self.placement.held.get(node)
-            if held is not None:
-                wanted, self.layouts[node] = self.layouts[node], held
             for source, required in self.placement.requires.get(node, ()):
                 self.provide(node, source, required)
             if node.op == "call_function":
@@ -165,8 +162,6 @@ class _Rewriting(Rewriter):
                 node.meta["layout"] = layout if not axes else _as_partial(layout, axes)
             if axes:
                 self.complete(node, axes)
-            if held is not None:
-                self.hold(node, wanted)
         self.program.graph.lint()
 
     def _rewrite(self, node: fx.Node) -> None:

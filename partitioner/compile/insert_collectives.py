@@ -26,7 +26,7 @@ from partitioner.analysis.layouts.infer_layout import Layouts, disjoint
 from partitioner.analysis.layouts.localise import Scaled
 from partitioner.analysis.layouts.merged_rows import sequences_in_order
 from partitioner.errors import LayoutError
-from partitioner.program.node_arguments import evaluate, operation
+from partitioner.program.node_arguments import evaluate
 from partitioner.program.program import Entry, Program, Value
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import Layout, Rows, Split, in_order, points
@@ -81,17 +81,6 @@ class Rewriter:
         for user in users:
             user.replace_input_with(node, reduced)
         self._completed[node] = reduced
-
-    def hold(self, node: fx.Node, layout: Layout) -> None:
-        """Makes every user of `node` see it in the given layout; who needs it as it comes still gets that."""
-        current = self._completed.get(node, node)
-        # who reads a size keeps that of the whole
-        users = [user for user in current.users if operation(user) is not aten.sym_size]
-        held = self.converted(current, layout)
-        for user in users:
-            user.replace_input_with(current, held)
-        self._completed[node] = held
-        self._made[held, self.layouts[current]] = current
 
     def scaled(self, node: fx.Node, size: Scaled) -> fx.Node:
         """Inserts local * (symbolic size // whole) before `node`."""

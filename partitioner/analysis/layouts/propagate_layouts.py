@@ -8,7 +8,6 @@ completes them. Elsewhere they are completed where they arise.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -51,23 +50,19 @@ class Unplaceable(Exception):
 @dataclass
 class Placement:
     """layouts: as users see each value. requires: per node, what each operand must be. reduced: all-reduce after
-    these. held: values that users are to see otherwise than they come, as they come.
+    these.
     """
 
     layouts: Layouts = field(default_factory=dict)
     requires: dict[fx.Node, tuple[tuple[fx.Node, Layout], ...]] = field(default_factory=dict)
     reduced: dict[fx.Node, frozenset[str]] = field(default_factory=dict)
-    held: dict[fx.Node, Layout] = field(default_factory=dict)
     localised: dict[fx.Node, Localised] = field(default_factory=dict)
     weights: dict[str, Layout] = field(default_factory=dict)
     states: dict[str, Layout] = field(default_factory=dict)
 
 
-def place(program: Program, weights: dict[str, Layout], *, rows: Mapping[fx.Node, Layout] | None = None) -> Placement:
+def place(program: Program, weights: dict[str, Layout]) -> Placement:
     """Raises `Unplaceable` where the analysis has to keep more together.
-
-    rows: values of which each rank is to have its own rows from there on, and how. What follows has rows as far as it
-    works row by row; who needs those of all ranks gets them.
 
     A state is held as what is written to it comes out, which depends on how it is read: whole at first, then as it was
     written, until both agree.
@@ -75,7 +70,7 @@ def place(program: Program, weights: dict[str, Layout], *, rows: Mapping[fx.Node
     states = {name: state.layout for name, state in program.states.items()}
     nodes = list(program.graph.nodes)
     for last in (False, False, False, True):
-        run = _Placing(program, Placement(weights=dict(weights), states=dict(states)), rows or {})
+        run = _Placing(program, Placement(weights=dict(weights), states=dict(states)))
         run.place_weights(nodes)
         for node in nodes:
             run.place(node)
@@ -110,8 +105,8 @@ def _sums_experts(node: fx.Node) -> bool:
 
 
 class _Placing:
-    def __init__(self, program: Program, done: Placement, rows: Mapping[fx.Node, Layout]) -> None:
-        self.program, self.done, self.rows = program, done, rows
+    def __init__(self, program: Program, done: Placement) -> None:
+        self.program, self.done = program, done
         self.inferrer = Inferrer(program)
         self.carried_to: dict[fx.Node, fx.Node] = {}
         self.typical = dict.fromkeys(program.symbols.values(), _TYPICAL)
@@ -157,8 +152,6 @@ class _Placing:
                 self.done.reduced[node] = outputs[0].partial
                 outputs = tuple(Layout(o.dims) for o in outputs)
             layouts[node] = outputs[0] if isinstance(node.meta["val"], Value) else outputs
-        if node in self.rows:
-            self.done.held[node], layouts[node] = layouts[node], self.rows[node]
 
     def _with_all_rows(self, node: fx.Node) -> Inference:
         """What does not work row by row gets the rows of all ranks."""
