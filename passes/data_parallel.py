@@ -78,7 +78,7 @@ class DataParallel:
 
 
 class _Own:
-    def __init__(self, program: Program, axis: str, *, gathers: bool = True) -> None:
+    def __init__(self, program: Program, axis: str, *, gathers: bool) -> None:
         self.program, self.axis, self.gathers = program, axis, gathers
         self.symbol = program.symbols[KIND]
         self.rows = Rows((axis,), KIND)

@@ -86,9 +86,7 @@ class Recording:
         first, last = self.times([start, end])
         self.recorded.steps.append({"name": name, "start": first, "end": last})
 
-    def add_call(
-        self, name: str, op: str, axes: Axes, start: Any, end: Any, shape: str, *, peer: int | None = None
-    ) -> None:
+    def add_call(self, name: str, op: str, axes: Axes, start: Any, end: Any, shape: str, *, peer: int | None) -> None:
         first, last = self.times([start, end])
         call = {"name": name, "op": op, "axis": axes_text(axes), "start": first, "end": last, "shape": shape}
         self.recorded.calls.append({**call, "meeting": self.meeting(axes, peer)})

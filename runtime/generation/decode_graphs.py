@@ -96,12 +96,12 @@ class Decoder:
         cache: Cache,
         *,
         batch: int,
-        rows: slice | None = None,
+        rows: slice | None,
         device: torch.device,
         compiled: Callable[..., Any] | None,
         cuda_graph: bool,
         pool: GraphPool,
-        head: HeadOfAll | None = None,
+        head: HeadOfAll | None,
     ) -> None:
         self.batch, self.cache, self._rows, self._pool = batch, cache, rows, pool
         self._is_compiled, self._captures = compiled is not None, cuda_graph
@@ -166,9 +166,9 @@ class Decoder:
         count: int,
         tokens: Sequence[int],
         positions: Sequence[int],
-        received: Sequence[Tensor] = (),
+        received: Sequence[Tensor],
         *,
-        latest: int = 0,
+        latest: int,
     ) -> Any:
         """As a run of the first `count` sequences has it: logits [count, 1, V/n], or what the stage hands on."""
         made = self(tokens, positions, received=received, latest=latest)

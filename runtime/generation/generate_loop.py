@@ -66,11 +66,11 @@ class GenerateLoop:
         communicator: Communicator,
         device: torch.device,
         *,
-        profiler: Profiler | None = None,
-        compile: bool = False,
-        cuda_graph: bool = False,
+        profiler: Profiler,
+        compile: bool,
+        cuda_graph: bool,
     ) -> None:
-        self._profiler = profiler or Profiler(prefill.program, device)
+        self._profiler = profiler
         self._prefill_by, self._decode_by = prefill, decode
         self.program = prefill.program
         """For prompts; that for single tokens has the same inputs, states and limits."""

@@ -85,7 +85,7 @@ class PagedCache(Cache):
         self._fixed_rows: dict[int, list[tuple[int, ...]]] = {}
         """What these hold."""
 
-    def resize(self, *, max_batch: int, max_length: int, step: int, slots: int = 0) -> None:
+    def resize(self, *, max_batch: int, max_length: int, step: int, slots: int) -> None:
         self.max_batch, self.max_length, self.step = max_batch, max_length, step
         self.buffers = {}
         for state in self._states:

@@ -52,9 +52,9 @@ class Rank:
         self,
         engine: Engine,
         *,
-        size: CacheSize | None = None,
-        rows: int | None = None,
-        vocabulary: str | None = None,
+        size: CacheSize | None,
+        rows: int | None,
+        vocabulary: str | None,
     ) -> None:
         self._engine, self._size, self._rows, self._vocabulary = engine, size, rows, vocabulary
         self._loop: BatchLoop | None = None

@@ -32,7 +32,7 @@ class Supervisor:
     restarts: a replica that is lost is started again, and takes the place of the lost one once it is ready.
     """
 
-    def __init__(self, replicas: Sequence[Replica], *, restarts: bool = False) -> None:
+    def __init__(self, replicas: Sequence[Replica], *, restarts: bool) -> None:
         self._restarts = restarts
         self._due: dict[int, float] = {}
         """By number, when a lost replica is to be started again."""

@@ -65,7 +65,7 @@ def _finish(handles: Sequence[Handle]) -> None:
 class Staged:
     """See the module's docstring. head: of stages that share it out, all of which have the result."""
 
-    def __init__(self, executable: Executable, head: HeadOfAll | None = None) -> None:
+    def __init__(self, executable: Executable, head: HeadOfAll | None) -> None:
         stage = executable.program.stage
         assert stage is not None
         self.executable, self.stage, self.head = executable, stage, head

@@ -77,7 +77,7 @@ class DealtScheduler:
         """Whose sequence it is."""
         return self.each.index(self._owners[number])
 
-    def next_of_all(self, group: int = 0) -> list[Work | None]:
+    def next_of_all(self, group: int) -> list[Work | None]:
         """What each rank runs next; group: as `Scheduler.next` has it."""
         is_shared = self.limits.shared_out is not None
         found = next_alike(self.each, group) if is_shared else [each.next(group) for each in self.each]

@@ -66,7 +66,7 @@ class StagedSteps:
         sampled: Callable[[Work], list[int]],
         named: Callable[[int], int | None],
         sizes: Callable[[Run], dict[str, int]],
-        head: Callable[[Run, Any], Tensor] | None = None,
+        head: Callable[[Run, Any], Tensor] | None,
     ) -> None:
         self._stage, self._communicator, self._device = prefill, communicator, device
         self._run, self._choose, self._sampled, self._sizes = run, choose, sampled, sizes

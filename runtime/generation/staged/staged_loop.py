@@ -45,7 +45,7 @@ class StagedLoop:
         profiler: Profiler,
         *,
         alike: bool,
-        relays: bool = False,
+        relays: bool,
     ) -> None:
         """alike: as in `Conversation`, for all stages. relays: whether the device may choose and hand on by itself."""
         assert prefill.stage is not None
