@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 
 from partitioner.errors import InputError
-from runtime.communication.communicator import Communicator
+from runtime.communication.communicator import Communicator, all_stages
 from runtime.execution.profile import Profiler
 from runtime.execution.prompts.piece import places
 from runtime.generation.batching.batch_loop import BatchLoop
@@ -38,7 +38,6 @@ from runtime.kv_cache.cache_size import (
     CacheSize,
     Room,
     WhatIsKept,
-    all_stages,
     default_step,
     held_as,
     slots_for,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.communication.communicator import Communicator
+from runtime.communication.communicator import Communicator, gather_all
 from runtime.execution.cuda_graphs import GraphPool, captured, compiled_step
 from runtime.execution.executable import Executable
 from runtime.execution.profile import Profiler
@@ -28,7 +28,7 @@ from runtime.execution.prompts.piece import Piece, halves_of, last_of, places
 from runtime.generation.decode_graphs import Decoder
 from runtime.kv_cache.batch import Batch, PagedRows
 from runtime.kv_cache.cache import Cache
-from runtime.kv_cache.cache_size import can_spare, gathered
+from runtime.kv_cache.cache_size import can_spare
 from runtime.kv_cache.paged_cache import PagedCache
 from runtime.ops.kernels.decode.few_rows import MOST_ROWS
 from runtime.ops.kernels.triton_needs import replayed
@@ -109,7 +109,7 @@ class Steps:
         turns = turns_from(program)
         if program.stage is None and device.type in CAPTURED_ON:  # parts may be uneven, and ranks do the same
             own = torch.tensor([[turns, not halves, not steady, not cache.any_length]], device=device)
-            turns, *others = gathered(communicator, own).amax(0).tolist()
+            turns, *others = gather_all(communicator, own).amax(0).tolist()
             halves, steady, one_by_kernel = (not each for each in others)
         else:
             one_by_kernel = False

@@ -23,13 +23,12 @@ from dataclasses import replace
 import torch
 
 from partitioner.errors import InputError, SamplingError
-from runtime.communication.communicator import Communicator
+from runtime.communication.communicator import Communicator, all_stages
 from runtime.execution.profile import Profiler
 from runtime.generation.batching.choose_rows import Choice, numbers_of
 from runtime.generation.batching.places import Places, Run
 from runtime.generation.batching.scheduler import Scheduler, next_alike
 from runtime.generation.batching.work import Counts, Limits, Work
-from runtime.kv_cache.cache_size import all_stages
 from runtime.ops.communicating import as_axes
 from runtime.ops.rows import collect_rows
 from runtime.program.rank_program import RankProgram
