@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from partitioner.analysis.labels.assign_owners import runs_of
 from partitioner.analysis.labels.index_sets import compact
 from partitioner.analysis.layouts.infer_layout import Inference, Layouts, layout_of, sizes_read
 from partitioner.analysis.rules.data_movement import IDENTITIES, run_move
@@ -322,7 +321,7 @@ def _product(marks: Tensor) -> list[IndexSet] | None:
             keep.append(IndexSet.range(0, size))
             continue
         others = tuple(d for d in range(marks.ndim) if d != dim)
-        keep.append(runs_of(present.any(others) | ~taken.any(others)))
+        keep.append(IndexSet.where(present.any(others) | ~taken.any(others)))
     if absent.any() and not present.any():
         return _nothing(small.shape, marks)
     for dim, indices in enumerate(keep):

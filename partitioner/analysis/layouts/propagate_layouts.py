@@ -31,6 +31,10 @@ _TYPICAL = 64
 """Stands for batch and sequence where sizes of activations are compared."""
 
 
+_Chain = tuple[Layouts, dict[fx.Node, tuple[tuple[fx.Node, Layout], ...]], dict[fx.Node, Localised]]
+"""Of the nodes between a weight and its user: layouts, requirements, local moves."""
+
+
 class Unplaceable(Exception):
     """A node whose local version would not be the part of the whole that its layout says.
 
@@ -302,34 +306,35 @@ class _Placing:
             chain.append(tensors[0])
         return chain[::-1]
 
-    def _weight_layout(
-        self, chain: list[fx.Node], want: Layout
-    ) -> tuple[Layouts, dict[fx.Node, tuple[tuple[fx.Node, Layout], ...]], dict[fx.Node, Localised]] | None:
+    def _weight_layout(self, chain: list[fx.Node], want: Layout) -> _Chain | None:
         """Layouts along the chain such that its end is `want`: one dim of the weight split like it."""
         if len(want.split_dims) != 1:
             return None
         split = want.dims[want.split_dims[0]]
         shape = self.program.weights[str(chain[0].target)].shape
         for dim in range(len(shape)):
-            layouts: Layouts = {chain[0]: REPLICATED(len(shape)).with_dim(dim, split)}
-            requires: dict[fx.Node, tuple[tuple[fx.Node, Layout], ...]] = {}
-            localised: dict[fx.Node, Localised] = {}
             try:
-                for node in chain[1:]:
-                    found = self.inferrer.infer(node, layouts)
-                    if found.problem or any(layouts[n] != layout for n, layout in found.requires):
-                        break
-                    layouts[node] = found.outputs[0]
-                    requires[node] = found.requires
-                    if is_move(node):
-                        alike, done = self.inferrer.localise(node, dict(found.requires), found.outputs)
-                        if not alike:
-                            break
-                        if done is not None:
-                            localised[node] = done
-                else:
-                    if layouts[chain[-1]] == want:
-                        return layouts, requires, localised
+                found = self._along(chain, REPLICATED(len(shape)).with_dim(dim, split))
             except (RuntimeError, IndexError):
                 continue  # this dim is not the one: its size does not fit
+            if found is not None and found[0][chain[-1]] == want:
+                return found
         return None
+
+    def _along(self, chain: list[fx.Node], weight: Layout) -> _Chain | None:
+        """What a weight that is held as `weight` makes of each node; None where a node cannot be had so."""
+        layouts: Layouts = {chain[0]: weight}
+        requires: dict[fx.Node, tuple[tuple[fx.Node, Layout], ...]] = {}
+        localised: dict[fx.Node, Localised] = {}
+        for node in chain[1:]:
+            found = self.inferrer.infer(node, layouts)
+            if found.problem or any(layouts[n] != layout for n, layout in found.requires):
+                return None
+            layouts[node], requires[node] = found.outputs[0], found.requires
+            if is_move(node):
+                alike, done = self.inferrer.localise(node, dict(found.requires), found.outputs)
+                if not alike:
+                    return None
+                if done is not None:
+                    localised[node] = done
+        return layouts, requires, localised

@@ -223,7 +223,7 @@ def test_a_rank_that_computes_anothers_experts_is_refused() -> None:
         entry = program.table[name]
         program.table[name] = type(entry)(entry.whole, entry.axes, entry.values[::-1])
 
-    with pytest.raises(LayoutError, match="rank must be 0 at .*=0, got 1"):
+    with pytest.raises(LayoutError, match=r"rank must be 0 at .*=0, got 1"):
         changed("replicate", shift)
 
 
