@@ -1,20 +1,20 @@
-"""The context-parallel pass: the tokens of a sequence dealt to the ranks of sp, each computes its own.
+"""The context-parallel pass: the tokens of a sequence are divided among the ranks of sp; each computes its own.
 
     input_ids[B, S]                 -> take_rows         -> [B, S_i]     all that works token by token: own tokens
     attention(q, k, v)              -> sequence_attention(q, k, v, S)    own queries, the keys of all ranks
     logits[B, S_i, V]               -> collect_rows      -> [B, S, V]
 
-Tokens lie in zig-zag order (`runtime/ops/rows/token_order.py`), and nothing is filled up. Keys and values reach queries
-in one way, the same for all layers: "ring" (arXiv:2310.01889), "gather" (arXiv:2407.21783, section 3.3.2), "ulysses"
-(arXiv:2309.14509), or "ring-ulysses", over two factors of sp (arXiv:2405.07719). Nothing else may look from one token
-at another: a node that does is refused by name.
+Tokens lie in zig-zag order (`runtime/ops/rows/token_order.py`), without padding. Keys and values reach queries in one
+way, the same for all layers: "ring" (arXiv:2310.01889), "gather" (arXiv:2407.21783, section 3.3.2), "ulysses"
+(arXiv:2309.14509), or "ring-ulysses", over two factors of sp (arXiv:2405.07719). No other op may mix tokens: the pass
+refuses a node that does, by name.
 
-Positions, masks and the like, made of inputs and of no trained weight, are computed for the tokens that need them: of
-all for a mask's keys, of a rank's own elsewhere.
+Positions, masks and other values that derive from inputs and not from trained weights are computed for the tokens that
+need them: for all tokens where a mask covers keys, for a rank's own elsewhere.
 
-Experts that are dealt out take a rank's own tokens where these are sent to them, or where the ranks that work together
-have the same ones. Elsewhere (experts, or parts of their matrices, over sp itself, on every rank for all tokens) they
-get the tokens of all, and the ranks' sums are dealt out: collect_rows -> experts -> scatter_rows.
+Experts take a rank's own tokens where tokens are sent to them, or where the ranks that work together have the same
+tokens. Elsewhere (experts, or parts of their matrices, are divided over sp itself) they get the tokens of all ranks, and
+the sums are scattered: collect_rows -> experts -> scatter_rows.
 """
 
 from __future__ import annotations
@@ -59,9 +59,11 @@ _VIEWS = (aten.view, aten.reshape, aten._unsafe_view)
 
 @dataclass(frozen=True)
 class ContextParallel:
-    """See the module's docstring. attention: "auto" is the ring or Ulysses, whichever is priced lower.
+    """See the module's docstring.
 
-    neighbours: how many ranks exchange heads by "ring-ulysses"; None: as many as there are heads for.
+    - attention: how keys and values reach queries; "auto": the ring or Ulysses, whichever is estimated to be faster.
+    - neighbours: how many ranks exchange heads in "ring-ulysses"; None: as many as there are heads for.
+    - axis: the mesh axis over which tokens are divided.
     """
 
     name: ClassVar[str] = "context-parallel"

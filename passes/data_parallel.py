@@ -5,12 +5,13 @@
     gather              collect_rows -> localise_experts -> .. -> scatter_rows      the tokens of all, and their sums
     logits[B_i, 1, V]   of its own sequences
 
-Replicas that no expert is shared out over are worlds of their own. Where experts span dp they go in step: each runs
-the same program at the same time, on its own requests, and they meet in the experts alone ("DP attention" of
-arXiv:2412.19437, section 3.4). That no sequence looks at another is proven before (`partitioner/proof/rows.py`).
+Replicas that share no experts have separate process groups, and need no pass. Where experts span dp, the ranks run in
+lock-step: the same program at the same time, each on its own requests, with collectives in the experts alone ("DP
+attention" of arXiv:2412.19437, section 3.4). That no sequence depends on another is proven first
+(`partitioner/proof/rows.py`).
 
-Of experts that are gathered, each rank brings as many rows as any other: whoever runs the ranks fills up. What is sent
-to experts may differ in number.
+With `gather`, every rank must bring the same number of rows, so the runtime pads shorter ones. With `exchange`, numbers
+may differ.
 """
 
 from __future__ import annotations
@@ -42,12 +43,15 @@ KIND = "batch"
 
 @dataclass(frozen=True)
 class DataParallel:
-    """See the module's docstring. Runs after the placement of all axes, on a program whose ranks have one batch.
+    """See the module's docstring. Runs after tensor-parallel, on a program whose ranks all have the same batch.
 
-    Where something in it needs all sequences, they still do, and a note says why. gathers: whether experts may be given
-    the tokens of all ranks, which bring as many each: prompts are filled up then, and where ranks share out the tokens
-    of a sequence they would keep unlike numbers of its own. alike: every rank runs as many tokens as any other, as
-    captured steps have to: then no host waits to learn how many are sent to its experts.
+    Where an op needs all sequences, the program is returned as it was, and a note says why.
+
+    - gathers: whether experts may gather the tokens of all ranks. That needs as many tokens on each: prompts would be
+      padded, and ranks of sp would hold different numbers of padded tokens.
+    - axis: the mesh axis over which the batch is divided.
+    - alike: whether every rank always runs the same number of tokens, as captured decode steps do. Then no host waits
+      to learn how many tokens were sent to its experts.
     """
 
     name: ClassVar[str] = "data-parallel"

@@ -2,12 +2,12 @@
 
     attention(q, k, v, causal=True)   ->   cached_attention(q, k, v, positions, state="model.layers.0.self_attn")
 
-Which positions a query may see says everything, so one graph serves a prompt (S tokens), part of a prompt, and one
-token. A layer's cache holds the heads that the rank computes: a split one is sized by the local heads. Layers that see
-no further than a window or a chunk say so, and keep no more. Key-value caching: arXiv:1911.02150, section 2.
+The positions alone say what a query may see, so one graph serves a whole prompt, part of a prompt, and one token. A
+layer's cache holds the heads that the rank computes. Layers that see no further than a window or a chunk say so, and
+keep no more. Key-value caching: arXiv:1911.02150, section 2.
 
-Where ranks share out a sequence, each keeps its part of the cache: a prompt's own tokens (`sequence_attention`), and of
-tokens that come one by one each its turn (attention, whose parts are merged).
+Where a sequence is divided over sp, each rank keeps its part of the cache: its own tokens of a prompt
+(`sequence_attention`), and in turn of the tokens that come one by one (attention, whose partial results are merged).
 
 Where keys and values are products of a narrower value (`partitioner.analysis.tokens.latent_keys`), that value is cached
 in their place if it takes fewer bytes on every rank, or if it is asked for:

@@ -2,11 +2,11 @@
 
     hidden[B, S, H] -> lm_head -> logits[B, S, V]     ->     last_token(hidden, last)[B, 1, H] -> logits[B, 1, V/n]
 
-`last` [B] is where in its row each last token stands. A prompt of 8192 tokens over a vocabulary of 128256 would
-otherwise yield 4 GB of float32 logits, of which generation reads one row. The gather of vocabulary-parallel logits is
-taken out: the sampler reads them where they are (Megatron-LM, arXiv:1909.08053, section 3, does so for its loss).
+`last` [B] is the index of each row's last token. A prompt of 8192 tokens over a vocabulary of 128256 would otherwise
+yield 4 GB of float32 logits, of which generation reads one row. The all-gather of vocabulary-parallel logits is
+removed: the sampler reads each rank's part (as Megatron-LM does for its loss, arXiv:1909.08053, section 3).
 
-Where ranks have tokens of their own, one of them has the last one: hidden[B, S_i, H] -> own_last_token -> all_reduce.
+Where ranks have tokens of their own, one rank has the last one: hidden[B, S_i, H] -> own_last_token -> all_reduce.
 """
 
 from __future__ import annotations

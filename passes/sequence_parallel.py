@@ -1,14 +1,14 @@
-"""The sequence-parallel pass: between row-parallel and column-parallel linears, each rank has its own tokens.
+"""The sequence-parallel pass: between a row-parallel and a column-parallel linear, each rank has its own tokens.
 
     z = all_reduce(z, "tp"); h = norm(x + z); y = linear(h, w[F/n, H])           activations whole on every rank
     z_i = scatter_rows(z, "tp"); h_i = norm(x_i + z_i); h = collect_rows(h_i)    1/n of them, and of the work
     y = linear(h, w[F/n, H])
 
-A reduce-scatter and an all-gather are what an all-reduce is made of, so the bytes are the same where n divides the
-tokens. Korthikanti et al. (arXiv:2205.05198, section 4.2.2), with the row-wise regions found by layouts: every op that
-works token by token keeps a rank's own tokens, the first that does not gets those of all. For prompts and whole texts;
-a single token has no sequence to deal out. Where the ranks of sp have tokens of their own already, those of tp share
-these out.
+An all-reduce is a reduce-scatter and an all-gather, so the bytes are the same where n divides the tokens. Megatron's
+sequence parallelism (arXiv:2205.05198, section 4.2.2), with the regions found by layouts: an op that works token by
+token keeps a rank's own tokens, and the first op that does not gets the tokens of all ranks. For prompts and whole
+texts: a single token has no sequence to divide. Where tokens are divided over sp already, the ranks of tp divide each
+part further.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ KIND = "sequence"
 
 @dataclass(frozen=True)
 class SequenceParallel:
-    """See the module's docstring. axis: whose ranks share out the tokens between its own linears."""
+    """See the module's docstring. axis: the tensor-parallel axis, whose ranks divide the tokens between its linears."""
 
     name: ClassVar[str] = "sequence-parallel"
     axis: str = "tp"

@@ -4,8 +4,9 @@
     z[B,S,H]   = linear(y, w[H, F/n])       row-parallel: each rank holds columns of w, z is a partial sum
     z          = all_reduce(z, "tp")
 
-Which weights are split, where, and into which (uneven, shared) parts the label analysis decides; this pass carries it
-out. Megatron-LM (arXiv:1909.08053, section 3), without tables of modules.
+The label analysis decides which weights are split, along which dim, and into which parts, which may be uneven and may
+overlap. This pass carries that out, for the weights of experts over etp as well. Megatron-LM (arXiv:1909.08053, section
+3), without tables of modules.
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ __all__ = ["TensorParallel"]
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """keep_whole: weight name -> why it stays whole on every rank."""
+    """See the module's docstring.
+
+    - axis: the mesh axis over which weights are split.
+    - keep_whole: names of weights to leave replicated, each with the reason for the report.
+    """
 
     name: ClassVar[str] = "tensor-parallel"
     axis: str = "tp"
@@ -63,8 +68,10 @@ class TensorParallel:
         return program
 
     def _place(self, program: Program) -> tuple[Decisions, Placement]:
-        """Decides and lays out; where an op cannot be made local, keeps more together, and in the end its weights
-        whole.
+        """The splits, and where collectives go.
+
+        Where an op cannot run on a rank's part alone, the next round keeps more indices together there; if that does
+        not help, it leaves the weights of the op replicated.
         """
         keep_whole = dict(self.keep_whole)
         blocks = find_blocks(program, apart=keep_whole)
