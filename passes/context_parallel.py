@@ -13,8 +13,8 @@ Positions, masks and other values that derive from inputs and not from trained w
 need them: for all tokens where a mask covers keys, for a rank's own elsewhere.
 
 Experts take a rank's own tokens where tokens are sent to them, or where the ranks that work together have the same
-tokens. Elsewhere (experts, or parts of their matrices, are divided over sp itself) they get the tokens of all ranks, and
-the sums are scattered: collect_rows -> experts -> scatter_rows.
+tokens. Elsewhere (experts, or parts of their matrices, are divided over sp itself) they get the tokens of all ranks,
+and the sums are scattered: collect_rows -> experts -> scatter_rows.
 """
 
 from __future__ import annotations
