@@ -1,9 +1,8 @@
-"""Bundles: a partitioned model as files that run nothing when they are read.
+"""Bundles: a partitioned model as files; loading them executes no code from them.
 
 save_ranks(parts, folder, ...)      save.py
 load(folder), Bundle                bundle.py
-
-manifest.py  what a bundle is          folder.py   files, opened without following links
-ranks.py     one rank as data          graphs.py   a graph as data, a line per node
-ops.py       what a graph may call     reading.py  data that may be hostile
+the files' schema                   format/
+resharding to another plan          reshard_model.py, reshard_origins.py; held_slices.py, held_weight.py (quantised)
+a bundle as text                    describe.py
 """
