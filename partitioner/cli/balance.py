@@ -138,28 +138,29 @@ def _options(plan: Plan) -> tuple[dict[str, Any], list[Any]]:
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
+    command(app, "balance")(balance_command)
 
-    @command(app, "balance")
-    def balance_command(
-        model: Model,
-        text: Annotated[str, typer.Option(help="file with text like that which the model will get")],
-        how: Compile,
-        extra: Annotated[int, typer.Option(help="how many copies of the hottest experts to put on a second rank")] = 0,
-        length: Annotated[int, typer.Option(help="the text is run in pieces of this many tokens")] = 512,
-        out: Annotated[str | None, typer.Option("--out", "-o", help="also write the plan to this file")] = None,
-        dtype: Dtype = None,
-        device: Device = "auto",
-        timeout_s: Timeout = 600.0,
-    ) -> None:
-        """Count which experts a text uses, and print a plan that gives all ranks about equal work."""
-        require_timeout(timeout_s)
-        if extra < 0:
-            raise InputError(f"--extra must be at least 0, got {extra}")
-        if out is not None and (Path(out).is_dir() or not Path(out).resolve().parent.is_dir()):
-            raise InputError(f"--out {out}: give a file in a folder that exists")
-        case = TextCase(model, how, text_tokens(model, text), length, dtype, device)
-        plan, said = balanced(case.plan, measured(case, timeout_s=timeout_s), extra=extra)
-        Console(stderr=True).print(f"{len(case.tokens)} tokens: {said}", markup=False, highlight=False, soft_wrap=True)
-        print(plan)
-        if out is not None:
-            Path(out).write_text(f"{plan}\n", encoding="utf-8")
+
+def balance_command(
+    model: Model,
+    text: Annotated[str, typer.Option(help="file with text like that which the model will get")],
+    how: Compile,
+    extra: Annotated[int, typer.Option(help="how many copies of the hottest experts to put on a second rank")] = 0,
+    length: Annotated[int, typer.Option(help="the text is run in pieces of this many tokens")] = 512,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="also write the plan to this file")] = None,
+    dtype: Dtype = None,
+    device: Device = "auto",
+    timeout_s: Timeout = 600.0,
+) -> None:
+    """Count which experts a text uses, and print a plan that gives all ranks about equal work."""
+    require_timeout(timeout_s)
+    if extra < 0:
+        raise InputError(f"--extra must be at least 0, got {extra}")
+    if out is not None and (Path(out).is_dir() or not Path(out).resolve().parent.is_dir()):
+        raise InputError(f"--out {out}: give a file in a folder that exists")
+    case = TextCase(model, how, text_tokens(model, text), length, dtype, device)
+    plan, said = balanced(case.plan, measured(case, timeout_s=timeout_s), extra=extra)
+    Console(stderr=True).print(f"{len(case.tokens)} tokens: {said}", markup=False, highlight=False, soft_wrap=True)
+    print(plan)
+    if out is not None:
+        Path(out).write_text(f"{plan}\n", encoding="utf-8")

@@ -51,113 +51,115 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 def register(app: typer.Typer) -> None:
-    @command(app, "plan")
-    def plan_command(
-        model: Model,
-        gpus: Gpus,
-        prompt: Annotated[int, typer.Option(help="tokens per prompt")] = 1024,
-        new: Annotated[int, typer.Option(help="new tokens per prompt")] = 256,
-        batch: Annotated[int, typer.Option(help="requests at the same time, over the whole cluster")] = 1,
-        goal: Annotated[str, typer.Option("--for", help="goal: latency, throughput or context")] = "latency",
-        ttft: Annotated[float | None, typer.Option(help="limit: seconds to the first token")] = None,
-        tpot: Annotated[float | None, typer.Option(help="limit: seconds between two tokens")] = None,
-        top: Annotated[int, typer.Option(min=1, help="how many plans to print")] = 8,
-        weights: Weights = "expanded",
-        dtype: Dtype = None,
-        cache_dtype: CacheDtype = None,
-        as_json: Json = False,
-    ) -> None:
-        """Rank plans for a model on a cluster by predicted times. Needs no weights and runs nothing on the cluster."""
-        cluster, workload = Cluster.parse(gpus), Workload(prompt, new, batch, ttft, tpot)
-        _require(goal, weights, cache_dtype)
-        fields = _stored(model, weights)
-        if weights == "stored" and fields is None:
-            raise InputError(
-                f"{model} has no quantization_config: nothing of it is stored in fewer bits; leave --weights out"
-            )
-        summary = summarize(_model(model, dtype))
-        stored = None if fields is None else StoredFormat.released(summary.dtype, fields)
-        choice = search(summary, cluster, workload, goal=goal, stored=stored, cache_dtype=cache_dtype)
-        if as_json:
-            data = as_data(choice, cluster, summary, most=top, stored=stored, cache_dtype=cache_dtype)
-            print(json.dumps(data, indent=1))
-        else:
-            _print_choice(choice, Pricer(summary, cluster, stored=stored, cache_dtype=cache_dtype), top)
-        if not choice.ranked:
-            raise typer.Exit(1)
+    command(app, "plan")(plan_command)
+    command(app, "fit")(fit_command)
+    command(app, "cluster")(cluster_command)
 
-    @command(app, "fit")
-    def fit_command(
-        models: Annotated[list[str], typer.Argument(help="checkpoint folders, config:FILE.json or model types")],
-        gpus: Gpus,
-        prompt: Annotated[int, typer.Option(help="tokens per prompt")] = 4096,
-        new: Annotated[int, typer.Option(help="new tokens per prompt")] = 512,
-        batch: Annotated[int, typer.Option(help="requests at the same time")] = 1,
-        weights_only: Annotated[bool, typer.Option("--weights-only", help="count cards, without tracing")] = False,
-        weights: Weights = "expanded",
-        dtype: Dtype = None,
-        cache_dtype: CacheDtype = None,
-        as_json: Json = False,
-    ) -> None:
-        """Say whether models fit on a cluster, and how. Exit code 0 if all do, 1 if one does not."""
-        cluster, workload = Cluster.parse(gpus), Workload(prompt, new, batch)
-        _require("throughput", weights, cache_dtype)
-        formats = [_stored(name, weights) for name in models]
-        if weights == "stored" and not any(formats):
-            raise InputError(
-                f"{', '.join(models)}: no quantization_config, so nothing is stored in fewer bits; leave --weights out"
-            )
-        told = [
-            _fit(name, dtype, cluster, workload, weights_only, fields, cache_dtype)
-            for name, fields in zip(models, formats, strict=True)
-        ]
-        if as_json:
-            print(json.dumps(told, indent=1))
-        else:
-            kind = cluster.weakest
-            title = f"{cluster.name}: {cluster.size} x {kind.name}, {kind.usable_bytes / (1 << 30):.0f} GiB usable each"
-            print_table(title, _weights_table(told, cluster) if weights_only else _fit_table(told))
-            for each in told:
-                if each.get("why"):
-                    say(f"{each['model']}: {each['why']}")
-        if not all(each["fits"] for each in told):
-            raise typer.Exit(1)
 
-    @command(app, "cluster")
-    def cluster_command(
-        action: Annotated[str, typer.Argument(help="show, detect, or import")],
-        what: Annotated[
-            str | None,
-            typer.Argument(
-                help="for show: 8xH100, 32x8xH100, or a .yaml file; for import: NCCL's topology XML, Slurm's "
-                "topology.yaml, or a system of aiconfigurator-core"
-            ),
-        ] = None,
-        device: Annotated[
-            str | None, typer.Option(help="for import: the device or host, if the file does not say it: H100, 8xH100")
-        ] = None,
-        hosts: Annotated[int | None, typer.Option(help="for import: how many hosts like the one of the file")] = None,
-        topology: Annotated[
-            str,
-            typer.Option(
-                help="for import: which topology of Slurm's file; by default the one that it marks as default"
-            ),
-        ] = "",
-        out: Annotated[str | None, typer.Option("--out", "-o", help="write it to this file")] = None,
-    ) -> None:
-        """Print a cluster as YAML: a preset, this machine (measured in some seconds), or a file of another tool."""
-        if action not in ("show", "detect", "import") or (action != "detect") != (what is not None):
-            raise InputError("write partitioner cluster show 8xH100, cluster detect, or cluster import FILE")
-        if action != "import" and (device is not None or hosts is not None or topology):
-            raise InputError(f"--device, --hosts and --topology are for cluster import; cluster {action} takes none")
-        if action == "import":
-            found = import_cluster(Path(str(what)), device=device, hosts=hosts, topology=topology)
-        else:
-            found = Cluster.parse(what) if what is not None else detect()
-        text = found.to_yaml()
-        if out is not None:
-            Path(out).write_text(text, encoding="utf-8")
-        Console().print(text, markup=False, highlight=False, soft_wrap=True)
+def plan_command(
+    model: Model,
+    gpus: Gpus,
+    prompt: Annotated[int, typer.Option(help="tokens per prompt")] = 1024,
+    new: Annotated[int, typer.Option(help="new tokens per prompt")] = 256,
+    batch: Annotated[int, typer.Option(help="requests at the same time, over the whole cluster")] = 1,
+    goal: Annotated[str, typer.Option("--for", help="goal: latency, throughput or context")] = "latency",
+    ttft: Annotated[float | None, typer.Option(help="limit: seconds to the first token")] = None,
+    tpot: Annotated[float | None, typer.Option(help="limit: seconds between two tokens")] = None,
+    top: Annotated[int, typer.Option(min=1, help="how many plans to print")] = 8,
+    weights: Weights = "expanded",
+    dtype: Dtype = None,
+    cache_dtype: CacheDtype = None,
+    as_json: Json = False,
+) -> None:
+    """Rank plans for a model on a cluster by predicted times. Needs no weights and runs nothing on the cluster."""
+    cluster, workload = Cluster.parse(gpus), Workload(prompt, new, batch, ttft, tpot)
+    _require(goal, weights, cache_dtype)
+    fields = _stored(model, weights)
+    if weights == "stored" and fields is None:
+        raise InputError(
+            f"{model} has no quantization_config: nothing of it is stored in fewer bits; leave --weights out"
+        )
+    summary = summarize(_model(model, dtype))
+    stored = None if fields is None else StoredFormat.released(summary.dtype, fields)
+    choice = search(summary, cluster, workload, goal=goal, stored=stored, cache_dtype=cache_dtype)
+    if as_json:
+        data = as_data(choice, cluster, summary, most=top, stored=stored, cache_dtype=cache_dtype)
+        print(json.dumps(data, indent=1))
+    else:
+        _print_choice(choice, Pricer(summary, cluster, stored=stored, cache_dtype=cache_dtype), top)
+    if not choice.ranked:
+        raise typer.Exit(1)
+
+
+def fit_command(
+    models: Annotated[list[str], typer.Argument(help="checkpoint folders, config:FILE.json or model types")],
+    gpus: Gpus,
+    prompt: Annotated[int, typer.Option(help="tokens per prompt")] = 4096,
+    new: Annotated[int, typer.Option(help="new tokens per prompt")] = 512,
+    batch: Annotated[int, typer.Option(help="requests at the same time")] = 1,
+    weights_only: Annotated[bool, typer.Option("--weights-only", help="count cards, without tracing")] = False,
+    weights: Weights = "expanded",
+    dtype: Dtype = None,
+    cache_dtype: CacheDtype = None,
+    as_json: Json = False,
+) -> None:
+    """Say whether models fit on a cluster, and how. Exit code 0 if all do, 1 if one does not."""
+    cluster, workload = Cluster.parse(gpus), Workload(prompt, new, batch)
+    _require("throughput", weights, cache_dtype)
+    formats = [_stored(name, weights) for name in models]
+    if weights == "stored" and not any(formats):
+        raise InputError(
+            f"{', '.join(models)}: no quantization_config, so nothing is stored in fewer bits; leave --weights out"
+        )
+    told = [
+        _fit(name, dtype, cluster, workload, weights_only, fields, cache_dtype)
+        for name, fields in zip(models, formats, strict=True)
+    ]
+    if as_json:
+        print(json.dumps(told, indent=1))
+    else:
+        kind = cluster.weakest
+        title = f"{cluster.name}: {cluster.size} x {kind.name}, {kind.usable_bytes / (1 << 30):.0f} GiB usable each"
+        print_table(title, _weights_table(told, cluster) if weights_only else _fit_table(told))
+        for each in told:
+            if each.get("why"):
+                say(f"{each['model']}: {each['why']}")
+    if not all(each["fits"] for each in told):
+        raise typer.Exit(1)
+
+
+def cluster_command(
+    action: Annotated[str, typer.Argument(help="show, detect, or import")],
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            help="for show: 8xH100, 32x8xH100, or a .yaml file; for import: NCCL's topology XML, Slurm's "
+            "topology.yaml, or a system of aiconfigurator-core"
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="for import: the device or host, if the file does not say it: H100, 8xH100")
+    ] = None,
+    hosts: Annotated[int | None, typer.Option(help="for import: how many hosts like the one of the file")] = None,
+    topology: Annotated[
+        str,
+        typer.Option(help="for import: which topology of Slurm's file; by default the one that it marks as default"),
+    ] = "",
+    out: Annotated[str | None, typer.Option("--out", "-o", help="write it to this file")] = None,
+) -> None:
+    """Print a cluster as YAML: a preset, this machine (measured in some seconds), or a file of another tool."""
+    if action not in ("show", "detect", "import") or (action != "detect") != (what is not None):
+        raise InputError("write partitioner cluster show 8xH100, cluster detect, or cluster import FILE")
+    if action != "import" and (device is not None or hosts is not None or topology):
+        raise InputError(f"--device, --hosts and --topology are for cluster import; cluster {action} takes none")
+    if action == "import":
+        found = import_cluster(Path(str(what)), device=device, hosts=hosts, topology=topology)
+    else:
+        found = Cluster.parse(what) if what is not None else detect()
+    text = found.to_yaml()
+    if out is not None:
+        Path(out).write_text(text, encoding="utf-8")
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _model(name: str, dtype: str | None) -> Any:
