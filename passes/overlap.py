@@ -12,8 +12,8 @@ scatter_rows(ahead). Choices and gates, which are small, are gathered before the
 
 `ahead` starts a collective and `landed` waits for it, as with torch's functional collectives. Collectives keep their
 order in the graph, which is the same on all ranks and is proven. The ops that are moved neither depend on an exchange
-nor communicate. Where nothing stands beside the experts, nothing changes. DeepSeek-V3 hides exchanges behind other work
-too: arXiv:2412.19437, section 3.2.1.
+nor communicate. Where nothing stands beside the experts, nothing changes. Exchanges hidden behind other work:
+arXiv:2412.19437, section 3.2.1.
 """
 
 from __future__ import annotations

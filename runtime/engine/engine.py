@@ -38,7 +38,7 @@ from runtime.generation.steps import Loaded
 from runtime.kv_cache.cache_size import CacheSize, Room
 from runtime.ops.communicating import named_axes
 from runtime.pipeline.head import HeadOfAll
-from runtime.pipeline.perform import Staged
+from runtime.pipeline.run_schedule import StagedExecutable
 from runtime.processes.place import Place
 from runtime.program.bundle_errors import attribute_errors
 from runtime.program.host_default import host_default, host_default_steps
@@ -116,7 +116,7 @@ class Engine:
             self.profiler = Profiler(program, self.device)
             executable = Executable(program, self.weights, communicator, self.device, profiler=self.profiler)
             head = HeadOfAll.of(program, self.weights, communicator, self.device, self.profiler)
-            self._run = executable if program.stage is None else Staged(executable, head)
+            self._run = executable if program.stage is None else StagedExecutable(executable, head)
         self._entries = entries
         self._replicas: ReplicaResults | None = None
         """Where this engine's rank is one of several replicas'."""

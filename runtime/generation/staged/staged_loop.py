@@ -25,7 +25,7 @@ from runtime.generation.steps import Steps
 from runtime.pipeline.chunks import chunk_ends
 from runtime.pipeline.links import Links
 from runtime.pipeline.message import message_bytes
-from runtime.pipeline.perform import perform
+from runtime.pipeline.run_schedule import run_schedule
 from runtime.pipeline.schedule import chain, groups_of
 from runtime.program.rank_program import RankProgram
 
@@ -116,7 +116,7 @@ class StagedLoop:
         heads = [n for n, (_, piece) in enumerate(pieces) if any(piece.completes)] if self._part.shares_head else []
         early = self._part.device.type != "cuda"
         timeline = chain(self._part.stage.count, len(pieces), heads=heads, early=early)[self._part.stage.index]
-        perform(timeline, self._links, sizes, run, head)
+        run_schedule(timeline, self._links, sizes, run, head)
         return found
 
     def _require_alike(self, sizes: list[dict[str, int]]) -> None:
