@@ -28,7 +28,7 @@ WEIGHTS = ("expanded", "stored")
 CACHES = ("auto", "expanded", "latent")
 """What ranks remember of the keys and values of a token."""
 SP_ATTENTION = ("auto", "ring", "gather", "ulysses", "ring-ulysses")
-"""How attention goes over a sequence that ranks share out."""
+"""How queries reach the keys of a sequence that is divided over sp."""
 
 
 @runtime_checkable
@@ -50,11 +50,12 @@ Choice = str | tuple[str, Options] | Pass
 class Plan:
     """Degrees of parallelism, and passes.
 
-    - tp: tensor-parallel ranks. pp: pipeline stages. sp: ranks that share out the tokens of each sequence.
-    - dp: replicas of all these; by default as many as the experts' ranks need, otherwise one. If experts are not shared
-      out over them, replicas are worlds of their own, see `replicas`.
-    - ep: ranks that share out the experts of each layer. etp: ranks that share out each expert's matrices. Experts use
-      the same ranks, so ep x etp must divide dp x sp x tp.
+    - tp: tensor-parallel ranks. pp: pipeline stages. sp: ranks that divide the tokens of each sequence (context
+      parallelism).
+    - dp: replicas of all these; by default as many as the experts' ranks need, otherwise one. Replicas that share no
+      experts are independent of each other, see `replicas`.
+    - ep: ranks that divide the experts of each layer. etp: ranks that divide each expert's matrices. Experts use the
+      same ranks as attention, so ep x etp must divide dp x sp x tp.
     - sp_attention: how queries of one rank reach the keys of others: "ring", "gather", "ulysses", "ring-ulysses" (both
       at once over two factors of sp), or "auto".
     - keep_whole: globs of names of weights that are replicated.
@@ -120,7 +121,7 @@ class Plan:
 
     @property
     def replicas(self) -> int:
-        """How many worlds there are that have nothing to tell each other: what experts do not need of dp."""
+        """How many independent copies there are, with process groups of their own: dp, without what experts need of it."""
         return self.degree("dp") // self._least_dp
 
     @property
