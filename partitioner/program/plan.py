@@ -121,7 +121,7 @@ class Plan:
 
     @property
     def replicas(self) -> int:
-        """How many independent copies there are, with process groups of their own: dp, without what experts need of it."""
+        """How many independent copies there are, with process groups of their own: dp without what experts need."""
         return self.degree("dp") // self._least_dp
 
     @property

@@ -23,7 +23,7 @@ from partitioner.sharding.mesh import Mesh
 from runtime.communication.communicator import Communicator
 from runtime.communication.process_groups import ProcessGroups, Sharing
 from runtime.engine.check_inputs import complete_inputs
-from runtime.engine.crossing import tell_crossing
+from runtime.engine.cross_host import warn_cross_host
 from runtime.engine.replicas import ReplicaResults, deal, merged, work_of
 from runtime.execution.chrome_trace import Trace, from_all_ranks
 from runtime.execution.executable import Executable
@@ -171,7 +171,7 @@ class Engine:
             )
             engine._replicas = results
             with attribute_errors(engine.program):
-                tell_crossing(engine.program, communicator)
+                warn_cross_host(engine.program, communicator)
             if cache is not None:
                 engine.reserve(cache)
         except BaseException as error:
