@@ -15,10 +15,8 @@ Ranks whose memory is the same (threads, processes of one host, one GPU) get an 
 from __future__ import annotations
 
 import hashlib
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -31,6 +29,7 @@ from runtime.ops.cached_attention import cached_attention
 from runtime.ops.rows.sequence_attention import cached_sequence_attention
 from runtime.ops.state.latent_attention import latent_attention
 from runtime.ops.state.latent_sequence_attention import latent_sequence_attention
+from runtime.processes.place import kernel_id
 from runtime.program.rank_program import RankProgram
 
 __all__ = [
@@ -356,11 +355,7 @@ def tokens_that_fit(program: RankProgram, room: int, *, max_batch: int, prefill_
 
 def _number_of(device: torch.device) -> int:
     """The same for ranks that take from the same memory: of one machine, and of one device there."""
-    try:
-        machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        machine = str(uuid.getnode())
     # the same device has other numbers in processes that see other devices
     unique = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else device.type
-    digest = hashlib.blake2b(f"{machine} {unique}".encode(), digest_size=7).digest()
+    digest = hashlib.blake2b(f"{kernel_id()} {unique}".encode(), digest_size=7).digest()
     return int.from_bytes(digest, "big")

@@ -17,7 +17,6 @@ import ctypes
 import functools
 import math
 import os
-import platform
 import resource
 import sys
 import weakref
@@ -38,6 +37,7 @@ from runtime.communication.shared_memory.segment import Address, Segment
 from runtime.communication.shared_memory.waiting import DISAGREE, DONE, WAIT_NS, Disconnected, Waiter
 from runtime.ops.communicating import Kind
 from runtime.ops.kernels.native.build_native import CannotBuild, Native, load
+from runtime.processes.place import kernel_id
 
 __all__ = ["Disconnected", "SharedMemory", "Unavailable"]
 
@@ -243,12 +243,10 @@ def _host() -> str:
     """Names the running kernel and its network as this process sees it: hosts may have the same name, containers of one
     host may not. Ranks whose networks are two meet over what joins these, and must notice when that is gone.
     """
-    path = Path("/proc/sys/kernel/random/boot_id")
-    kernel = path.read_text().strip() if path.exists() else platform.node()
     try:
-        return f"{kernel} {os.readlink('/proc/self/ns/net')}"
+        return f"{kernel_id()} {os.readlink('/proc/self/ns/net')}"
     except OSError:
-        return kernel
+        return kernel_id()
 
 
 def _met(everyone: list[Any]) -> list[tuple[str, str, Address | None]]:

@@ -97,7 +97,7 @@ def slowed(program: RankProgram, seconds: float) -> RankProgram:
 
 
 def test_a_slow_rank_is_the_others_waiting() -> None:
-    slow = 0.2
+    slow = 0.5
     simulator = Simulator([parts(2).rank(0), slowed(parts(2).rank(1), slow)])
     for _ in range(2):
         with simulator.profile() as found:
