@@ -39,7 +39,7 @@ from partitioner.storage.recognise import is_bundle
 from runtime.communication.process_groups import ProcessGroups
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine.engine import Engine
-from runtime.generation.decode_graphs import require_fixed_shapes
+from runtime.generation.decode_graphs.decoder import require_fixed_shapes
 from runtime.kv_cache.cache_size import CacheSize, require_dtype
 from runtime.kv_cache.device_memory import Amount, readable
 from runtime.launching.launched import Launched

@@ -192,7 +192,8 @@ class ThreadChannel(Channel):
         return found
 
     def _meet(self, call: Call, x: Tensor) -> list[Tensor]:
-        return [brought for _, brought in self._thread_group.exchange(self.ranks, call, x)]
+        # a copy: the others may read it when this rank has gone on, and writes to that memory again
+        return [brought for _, brought in self._thread_group.exchange(self.ranks, call, x.clone())]
 
     def _all_reduce(self, call: Call) -> Callable[[Tensor], Tensor]:
         return lambda x: sum_in_order(self._meet(call.on(x), x))

@@ -10,7 +10,7 @@ from torch import Tensor
 from runtime.communication.communicator import Communicator
 from runtime.execution.profile import Profiler
 from runtime.generation.conversation import Conversation
-from runtime.generation.decode_graphs import Chosen, Decoder
+from runtime.generation.decode_graphs.decoder import Chosen, Decoder
 from runtime.generation.generation_options import Settings
 from runtime.program.rank_program import RankProgram
 from runtime.sampling.sampler import Sampler, history_of

@@ -26,7 +26,7 @@ from runtime.generation.batching.batch_loop import BatchLoop
 from runtime.generation.batching.one_request import one_request
 from runtime.generation.choose_tokens import GivenTokens, TokenChooser, TokensOfSteps
 from runtime.generation.conversation import Conversation
-from runtime.generation.decode_graphs import require_fixed_shapes
+from runtime.generation.decode_graphs.decoder import require_fixed_shapes
 from runtime.generation.generation_options import Settings
 from runtime.generation.generation_request import GenerationRequest, Step
 from runtime.generation.staged.staged_loop import StagedLoop

@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.communication.communicator import Communicator, gather_all
+from runtime.communication.communicator import Communicator
 from runtime.execution.cuda_graphs import GraphPool, captured, compiled_step
 from runtime.execution.executable import Executable
 from runtime.execution.profile import Profiler
-from runtime.execution.prompts.captured_pieces import CapturedPieces, Runnable, asks_host
-from runtime.execution.prompts.in_turns import can_take_turns, turns_from
+from runtime.execution.prompts.agreed_ways import AgreedWays, row_dims
+from runtime.execution.prompts.captured_pieces import CapturedPieces, Made, Runnable
 from runtime.execution.prompts.inputs import filled_up, inputs_of, on_device
 from runtime.execution.prompts.packed_pieces import PackedPieces
 from runtime.execution.prompts.piece import Piece, halves_of, last_of, places
-from runtime.generation.decode_graphs import Decoder
+from runtime.generation.decode_graphs.decoder import Decoder
+from runtime.generation.decode_graphs.stage_decoder import StageDecoder
 from runtime.kv_cache.batch import Batch, PagedRows
 from runtime.kv_cache.cache import Cache
 from runtime.kv_cache.cache_size import can_spare
@@ -94,29 +95,20 @@ class Steps:
         self._decode = self._prefill if is_shared else bound(decode, captured=cuda_graph)
         self._head = head(prefill)
         self._decode_head = self._head if decode is prefill else head(decode)
-        self._decoders: dict[tuple[int, int | None], Decoder] = {}
-        """By the number of sequences and the first of their rows; None: those that the cache has been told."""
+        self._decoders: dict[tuple[int, int | None, int], Decoder] = {}
+        """By the number of sequences, the first of their rows (None: those that the cache has been told), and the group
+        of these that the cache has been told of.
+        """
         self._compiled: dict[tuple[int, int | None], Callable[..., Any]] = {}
         """What runs them; where one does for all rows, by the number only."""
         self._pool = GraphPool()
         program = prefill.program
         names = [wanted.name for wanted in program.inputs]
-        alone = program.stage is None and self._head is None and not program.batch_axes and cache.takes_turns
-        halved = program.limits.get("batch", (1, None))[0] == 1  # half of two rows is one
-        halves = device.type in TURNS_ON and alone and halved and can_take_turns(program)
-        steady = alone and "input_ids" in names and all(state.per_token for state in program.states)
-        steady = steady and communicator.can_be_captured and not asks_host(program, device)
-        turns = turns_from(program)
-        if program.stage is None and device.type in CAPTURED_ON:  # parts may be uneven, and ranks do the same
-            own = torch.tensor([[turns, not halves, not steady, not cache.any_length]], device=device)
-            turns, *others = gather_all(communicator, own).amax(0).tolist()
-            halves, steady, one_by_kernel = (not each for each in others)
-        else:
-            one_by_kernel = False
-        self._turns_from, self.takes_turns, self._is_steady = turns, halves, steady
-        """From how many tokens on a piece is run as two halves in turn, whether any is, and whether runs of pieces that
-        differ in their tokens only are the same.
-        """
+        self._ways = ways = AgreedWays.of(
+            program, cache, communicator, device, shares_head=self._head is not None,
+            may_halve=device.type in TURNS_ON, may_capture=device.type in CAPTURED_ON,
+        )  # fmt: skip
+        self._turns_from, self.takes_turns = ways.turns_from, ways.takes_turns
         # a token that comes later must find its slot as if nobody had been there
         roomy = "last" in names and "slots" not in names
         self._takes_more = roomy and all(state.sees is None for state in program.states)
@@ -125,12 +117,13 @@ class Steps:
         self.look_for_room()
         self._pieces = CapturedPieces(self._capture)
         self._packed: PackedPieces | None = None
-        if one_by_kernel and isinstance(cache, PagedCache):
-            self._packed = PackedPieces(self._prefill, cache, self._pieces)
+        yields = row_dims(program)
+        if ways.packs_steadily and isinstance(cache, PagedCache) and yields is not None:
+            self._packed = PackedPieces(self._prefill, cache, self._pieces, yields=yields)
 
     def look_for_room(self) -> None:
-        """For captured pieces, beside the cache as it is; a collective on GPUs, unless a rank is a stage."""
-        if self._program.stage is None and self._device.type in CAPTURED_ON:
+        """For captured pieces, beside the cache as it is; a collective on GPUs, where there may be some."""
+        if (self._ways.is_steady or self._ways.packs_steadily) and self._device.type in CAPTURED_ON:
             rows = self._turns_from if self.takes_turns else self._turns_from // _WHOLE_TO_TURNS
             most = min(rows, self.cache.max_batch * self.cache.step)  # nothing larger comes
             self._has_room = can_spare(self._program, self._communicator, self._device, rows=most)
@@ -162,11 +155,16 @@ class Steps:
         """Whether steps of single tokens are compiled or captured."""
         return self._compile or self._cuda_graph
 
-    def decoder(self, batch: int, rows: slice | None = None) -> Decoder:
-        """The steps of `batch` sequences from fixed memory, which captured ones share: one is replayed at a time."""
+    def decoder(self, batch: int, rows: slice | None = None, *, group: int = 0) -> Decoder:
+        """The steps of `batch` sequences from fixed memory, which captured ones share: one is replayed at a time.
+
+        On a rank of a stage, a `StageDecoder`.
+        """
         first = None if rows is None else rows.start
-        if (batch, first) not in self._decoders:
-            self._decoders[batch, first] = Decoder(
+        key = batch, first, group
+        if key not in self._decoders:
+            made = Decoder if self._decode_program.stage is None else StageDecoder
+            self._decoders[key] = made(
                 self._decode_program,
                 self._decode,
                 self.cache,
@@ -177,8 +175,9 @@ class Steps:
                 cuda_graph=self._cuda_graph,
                 pool=self._pool,
                 head=self._decode_head,
+                group=group,
             )
-        return self._decoders[batch, first]
+        return self._decoders[key]
 
     def _has_kernels(self, batch: int) -> bool:
         """Whether kernels of ours do what a compiler would do, and better: in captured steps of few rows."""
@@ -208,7 +207,7 @@ class Steps:
         ends = [start + len(row) for start, row in zip(piece.starts, piece.tokens, strict=True)]
         return {
             "batch": 1 if piece.packed else len(piece.tokens),
-            "sequence": sum(map(len, piece.tokens)) if piece.packed else max(least, *map(len, piece.tokens)),
+            "sequence": self._packed_tokens(piece) if piece.packed else max(least, *map(len, piece.tokens)),
             "slots": max(max(ends) + 1, self._least_slots),
         }
 
@@ -235,27 +234,31 @@ class Steps:
         """
         if not (decode or received or least > 1 or like is not None or piece.packed):
             return self._execute_piece(piece, rows)
-        if piece.packed and isinstance(rows, PagedRows) and (found := self._packed_piece(piece, rows)) is not None:
-            return found
+        if piece.packed and isinstance(rows, PagedRows) and self._packed is not None and self._packed_sizes(piece):
+            return self._packed(piece, rows, received)
         batch, values = self._inputs(piece, decode=decode, least=least)
         self.cache.begin(batch, rows=rows, decode=decode)
         execute = self._decode if decode else self._prefill
         return execute([*values, *received], like="packed" if piece.packed else like)
 
-    def _packed_piece(self, piece: Piece, rows: PagedRows) -> Tensor | None:
-        """The logits of a packed piece where it may be captured."""
+    def _packed_sizes(self, piece: Piece) -> tuple[int, int] | None:
+        """Of a packed piece that may be captured, as `PackedPieces.sizes` has it."""
         keeps_busy = sum(map(len, piece.tokens)) >= self._turns_from / _WHOLE_TO_TURNS
-        if self._packed is None or keeps_busy or not self._comes_again(piece):
+        if self._packed is None or keeps_busy or not self._comes_again(piece, self._ways.packs_steadily):
             return None
-        return self._packed(piece, rows)
+        return self._packed.sizes(piece)
 
-    def _execute_piece(self, piece: Piece, rows: slice | PagedRows | None) -> Tensor:
+    def _packed_tokens(self, piece: Piece) -> int:
+        """How many a run of a packed piece has."""
+        return sum(self._packed_sizes(piece) or map(len, piece.tokens))
+
+    def _execute_piece(self, piece: Piece, rows: slice | PagedRows | None) -> Any:
         """The logits of a piece of prompts: whole or in two halves, node by node or captured."""
         tokens = len(piece.tokens) * max(map(len, piece.tokens))
         may = self.takes_turns and tokens > 1 and all(piece.active)
         now = may and tokens >= (self._turns_from if TURNS_FROM is None else TURNS_FROM)
         later = now or (may and TURNS_FROM is None and tokens >= CAPTURED_TURNS_FROM)
-        if isinstance(rows, PagedRows) or not self._comes_again(piece):
+        if isinstance(rows, PagedRows) or not self._comes_again(piece, self._ways.is_steady):
             return self._ready(piece, rows, in_turns=now).run()
         filled, last = self._filled(piece, in_turns=later)
         if tokens >= (self._turns_from if later else self._turns_from / _WHOLE_TO_TURNS):  # it keeps a GPU busy
@@ -269,11 +272,11 @@ class Steps:
             varying=lambda: self._varying(filled.parts(in_turns=later), last),
         )
 
-    def _comes_again(self, piece: Piece) -> bool:
+    def _comes_again(self, piece: Piece, is_steady: bool) -> bool:
         """Whether what is prepared for its size may serve others."""
         return (
             self._device.type in CAPTURED_ON
-            and self._is_steady
+            and is_steady
             and self._has_room
             and all(piece.active)
             and not self._prefill.is_observed
@@ -313,7 +316,7 @@ class Steps:
         runs = [(*self._inputs(part, decode=False), of) for part, of in zip(parts, of_parts, strict=True)]
         several = [values for _, values, _ in runs]
         names = [wanted.name for wanted in self._program.inputs]
-        varying = [values[names.index("input_ids")] for values in several] if self._is_steady else []
+        varying = [values[names.index("input_ids")] for values in several] if self._ways.is_steady else []
         if last is not None:
             for values, ends in zip(several, last_of(parts, last), strict=True):
                 values[names.index("last")] = on_device(ends, self._device)
@@ -349,7 +352,7 @@ class Steps:
             return Runnable(varying, begin, *(functools.partial(take_turns, way) for way in ways))
         return Runnable(varying, begin, lambda: whole(execute), lambda: whole(lambda values: execute.function(*values)))
 
-    def _capture(self, run: Callable[[], Tensor]) -> tuple[Any, Tensor]:
+    def _capture(self, run: Callable[[], Made]) -> tuple[Any, Made]:
         # the ranks have compared the run before: what they tell each other for that comes from the host
         self._communicator.begin_run(new_shapes=False)
         return captured(run, self._pool_of_pieces)

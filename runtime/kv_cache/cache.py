@@ -147,11 +147,11 @@ class Cache:
     def resume(self, run: dict[str, Any]) -> None:
         self.__dict__.update(run)
 
-    def begin_fixed(self, positions: Tensor, seen: int, *, rows: slice | None = None) -> None:
+    def begin_fixed(self, positions: Tensor, seen: int, *, rows: slice | None = None, group: int = 0) -> None:
         """Before a run of one token per row at `positions` [B, 1], of which the host only knows that all are < `seen`.
 
-        rows: as for `begin`. All that such a run does with the cache are the same ops on the same memory, whatever the
-        positions: it can be captured once and replayed, where `fixed_states` have been settled.
+        rows: as for `begin`. group: as `PagedCache.fix` has it. All that such a run does with the cache are the same
+        ops on the same memory: it can be captured once and replayed, where `fixed_states` have been settled.
         """
         self._batch, self._active, self._fixed = None, None, seen
         self._group = slice(0, len(positions)) if rows is None else rows

@@ -80,10 +80,11 @@ class PagedCache(Cache):
         # on a GPU another part costs the launches of its kernels
         bytes_each = max((state.bytes for state in states if state.per_token), default=0)
         self._worth = _PART_BYTES / bytes_each if bytes_each and device.type == "cpu" else math.inf
-        self._fixed_tables: dict[int, Tensor] = {}
-        """By number of rows, for runs from fixed memory: [B, blocks of the longest row]."""
-        self._fixed_rows: dict[int, list[tuple[int, ...]]] = {}
+        self._fixed_tables: dict[tuple[int, int], Tensor] = {}
+        """By number of rows and group, for runs from fixed memory: [B, blocks of the longest row]."""
+        self._fixed_rows: dict[tuple[int, int], list[tuple[int, ...]]] = {}
         """What these hold."""
+        self._fixed_group = 0
 
     def resize(self, *, max_batch: int, max_length: int, step: int, slots: int) -> None:
         self.max_batch, self.max_length, self.step = max_batch, max_length, step
@@ -171,17 +172,21 @@ class PagedCache(Cache):
         self._group, self._paged, self._parts = slice(0, len(tokens.counts)), PagedRows((), ()), parts
         self._tables, self._masks, self._found, self._places = {}, {}, {}, None
 
-    def table(self, batch: int) -> Tensor:
+    def table(self, batch: int, *, group: int = 0) -> Tensor:
         """The blocks of rows that `fix` has named, [batch, blocks of the longest row]: the same memory each time."""
-        return self._fixed_tables[batch]
+        return self._fixed_tables[batch, group]
 
-    def fix(self, rows: PagedRows, batch: int) -> None:
-        """Before a run from fixed memory: what its first rows are about. The others of `batch` are about nothing."""
-        if batch not in self._fixed_tables:
+    def fix(self, rows: PagedRows, batch: int, *, group: int = 0) -> None:
+        """Before a run from fixed memory: what its first rows are about. The others of `batch` are about nothing.
+
+        group: of several that take turns, each of which has its rows for many runs.
+        """
+        key = batch, group
+        if key not in self._fixed_tables:
             width = -(-self.max_length // self.block_size)
-            self._fixed_tables[batch] = torch.full((batch, width), self.blocks, device=self._device)
-            self._fixed_rows[batch] = [()] * batch
-        known = self._fixed_rows[batch]
+            self._fixed_tables[key] = torch.full((batch, width), self.blocks, device=self._device)
+            self._fixed_rows[key] = [()] * batch
+        known = self._fixed_rows[key]
         # from one token to the next few rows begin a block
         changed = [
             at for at, (table, before) in enumerate(zip_longest(rows.tables, known, fillvalue=())) if table != before
@@ -194,16 +199,16 @@ class PagedCache(Cache):
         both = torch.tensor([(at, *(table + rest)[:longest]) for at, table in zip(changed, tables, strict=True)])
         if self._device.type == "cuda":
             both = both.pin_memory().to(self._device, non_blocking=True)
-        self._fixed_tables[batch][:, :longest].index_copy_(0, both[:, 0], both[:, 1:])
+        self._fixed_tables[key][:, :longest].index_copy_(0, both[:, 0], both[:, 1:])
         for at, table in zip(changed, tables, strict=True):
             known[at] = table
 
-    def begin_fixed(self, positions: Tensor, seen: int, *, rows: slice | None = None) -> None:
+    def begin_fixed(self, positions: Tensor, seen: int, *, rows: slice | None = None, group: int = 0) -> None:
         if rows is not None:
             raise InputError("the rows of a run from fixed memory are named before, by `fix`, not by a stretch")
         self._batch, self._active, self._fixed, self._group = None, None, seen, slice(0, len(positions))
-        self._is_fixed, self._parts = True, []
-        if len(positions) not in self._fixed_tables:
+        self._is_fixed, self._parts, self._fixed_group = True, [], group
+        if (len(positions), group) not in self._fixed_tables:
             raise InputError("a run from fixed memory is about rows that were named before, by `fix`")
         self._tables, self._places = {}, None
         if self._kinds:  # here, so that a compiled step reads them as they are
@@ -221,7 +226,7 @@ class PagedCache(Cache):
         """The first blocks of each row, for `count` tokens: [B, count / block size]."""
         width = -(-count // self.block_size)
         if self._is_fixed:
-            return self._fixed_tables[self._group.stop][:, :width]
+            return self._fixed_tables[self._group.stop, self._fixed_group][:, :width]
         if width not in self._tables:
             rest = (self.blocks,) * width
             padded = [(table[:width] + rest)[:width] for table in self._paged.tables]

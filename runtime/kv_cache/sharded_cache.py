@@ -146,7 +146,7 @@ class ShardedCache(Cache):
     def any_rows(self) -> bool:
         return False
 
-    def begin_fixed(self, positions: Tensor, seen: int, *, rows: slice | None = None) -> None:
+    def begin_fixed(self, positions: Tensor, seen: int, *, rows: slice | None = None, group: int = 0) -> None:
         self._batch, self._active, self._fixed = None, None, seen
         self._group = slice(0, len(positions)) if rows is None else rows
         self._is_fixed = True

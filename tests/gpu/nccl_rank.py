@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
-from partitioner import Plan, partition
+from partitioner import CacheSize, Plan, partition
 from runtime.communication.process_groups import ProcessGroups, Sharing
+from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine import Engine
 from runtime.generation import steps
+from runtime.generation.batching.chosen_steps import StepsAhead
 from runtime.processes.launch import begin_worker
+from tests.runtime.generation.batching.many_requests import Case, serve
 from tests.support.processes.few_gpus import device_of_rank
 
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7]]
@@ -140,6 +143,40 @@ def prompts(folder: Path, carrier: str) -> None:
         assert len(bound._pieces._captured) == 1
 
 
+def batches(folder: Path, carrier: str, plan: str) -> None:
+    """Many requests over stages, by captured steps of groups that choose by themselves: each is told what it is alone.
+
+    Some come while others are continued, some draw, and prompts are captured that run amid rows.
+    """
+    original = model("llama", torch.float32)
+    options: dict[str, Any] = {"max_new_tokens": 40, "eos_token_id": []}
+    cases = [
+        Case([3 + (7 * number + at) % 900 for at in range(1 + 13 * number % 90)], {**options, **more}, 5 * number)
+        for number in range(24)
+        for more in ({"do_sample": True, "seed": number, "top_k": 20} if number % 3 == 0 else {},)
+    ]
+    size = CacheSize(max_batch=16, max_length=256)
+    whole = partition(original, Plan())
+    alone = whole.engine(0, ThreadGroup(whole.mesh).communicator(0), device=own_device())
+    expected = serve(alone, cases, size, block_size=16).tokens
+    sharing: Sharing = "off" if carrier == "nccl" else "on"
+    begin_next, began = StepsAhead.begin_next, []
+
+    def counted(ahead: StepsAhead, latest: Any) -> Any:
+        found = begin_next(ahead, latest)
+        began.append(found is not None)
+        return found
+
+    StepsAhead.begin_next = counted  # type: ignore[method-assign]
+    parts = partition(original, Plan.parse(plan))
+    with Engine.connect(
+        parts, device=own_device(), timeout_s=120, shared_memory=sharing, cuda_graph=torch.cuda.is_available()
+    ) as engine:
+        for _ in range(2):  # the second time, what is captured is there
+            assert serve(engine, cases, size, block_size=16).tokens == expected
+    assert not torch.cuda.is_available() or sum(began) > 50
+
+
 def graph_then_error(folder: Path) -> None:
     """An engine that holds captured graphs is closed by an error of its own, on all ranks at once, and ends."""
     parts = partition(model("llama", torch.float32), Plan(tp=int(os.environ["WORLD_SIZE"])))
@@ -153,7 +190,7 @@ if __name__ == "__main__":
     begin_worker()
     cases: dict[str, Callable[..., None]] = {
         "results": results, "sequences": sequences, "fault": fault, "prompts": prompts,
-        "graph_then_error": graph_then_error,
+        "graph_then_error": graph_then_error, "batches": batches,
     }  # fmt: skip
     case = cases[sys.argv[1]]
     case(Path(sys.argv[2]), *sys.argv[3:])

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import runtime.generation.decode_graphs
 from partitioner import Plan, partition
 from runtime.communication.thread_communicator import ThreadGroup
+from runtime.generation.decode_graphs import decoder
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,7 +39,7 @@ PROMPTS = [[5], [7, 8, 9, 10, 11], list(range(20)), [3, 1, 4]]
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_chained_steps_write_what_single_steps_write(parts, compile, monkeypatch):
-    monkeypatch.setattr(runtime.generation.decode_graphs, "_ROUND_TO", 16)  # several captured graphs in one text
+    monkeypatch.setattr(decoder, "_ROUND_TO", 16)  # several captured graphs in one text
     waits, chains = engine(parts), engine(parts, cuda_graph=True, compile=compile)
     plain = waits.generate(PROMPTS, max_new_tokens=50, eos_token_id=[])
     assert torch.equal(chains.generate(PROMPTS, max_new_tokens=50, eos_token_id=[]), plain)

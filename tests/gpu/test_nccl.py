@@ -95,3 +95,14 @@ def test_tokens_over_sp_with_experts_and_stages(num_ranks: int, tmp_path: Path) 
         assert errors, of_plan
         assert max(errors) < 1e-5, of_plan
         assert all(is_alike for *_, is_alike in of_plan), of_plan
+
+
+@pytest.mark.parametrize("carrier", ["nccl", "peer memory"])
+@pytest.mark.parametrize(
+    ("plan", "num_ranks"),
+    [("pp=2,pipeline.share_head=false", 2), ("pp=2,pipeline.share_head=true", 2), ("pp=3", 3), ("tp=2,pp=2", 4)],
+)
+def test_many_requests_over_stages(plan: str, num_ranks: int, carrier: str, tmp_path: Path) -> None:
+    if carrier == "peer memory" and torch.cuda.device_count() < num_ranks:
+        pytest.skip(f"needs {num_ranks} CUDA devices")
+    launch(["tests.gpu.nccl_rank", "batches", str(tmp_path), carrier, plan], num_ranks=num_ranks, timeout_s=300)

@@ -30,7 +30,7 @@ from runtime.ops.expert_exchange import localise_experts
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear, multiplies_at_once
 from runtime.program.rank_program import RankProgram
 
-__all__ = ["CapturedPieces", "Runnable", "asks_host"]
+__all__ = ["CapturedPieces", "Made", "Runnable", "asks_host"]
 
 _log = logging.getLogger("partitioner")
 MOST, MOST_REMEMBERED = 32, 256
@@ -66,6 +66,10 @@ def asks_host(program: RankProgram, device: torch.device) -> bool:
     return False
 
 
+Made = Tensor | tuple[Tensor, ...]
+"""Logits, or what a stage hands on."""
+
+
 @dataclass
 class Runnable:
     """A piece ready to run. varying: what its tokens are read from; all else that it reads is the same whenever it
@@ -76,8 +80,8 @@ class Runnable:
 
     varying: Sequence[Tensor]
     begin: Callable[[], object]
-    run: Callable[[], Tensor]
-    bare: Callable[[], Tensor]
+    run: Callable[[], Made]
+    bare: Callable[[], Made]
 
 
 @dataclass
@@ -85,13 +89,13 @@ class _Captured:
     place: Hashable
     piece: Runnable
     graph: Any
-    result: Tensor
+    result: Made
 
 
 class CapturedPieces:
     """Those of one rank over one cache. capture: yields a graph of what it is given, and what that yields."""
 
-    def __init__(self, capture: Callable[[Callable[[], Tensor]], tuple[Any, Tensor]]) -> None:
+    def __init__(self, capture: Callable[[Callable[[], Made]], tuple[Any, Made]]) -> None:
         self._captured_as = capture
         self._captured: dict[Hashable, _Captured] = {}
         self._came: dict[Hashable, int] = {}
@@ -108,7 +112,7 @@ class CapturedPieces:
         first: Callable[[], Runnable],
         again: Callable[[], Runnable],
         varying: Callable[[], Sequence[Tensor]],
-    ) -> Tensor:
+    ) -> Any:
         """What the piece yields. key: equal for those that differ in their tokens only, and the same on all ranks.
 
         place: where the memory is that it uses besides. first: how it runs as long as it is not captured. again: later.
@@ -122,7 +126,8 @@ class CapturedPieces:
             for held, new in zip(known.piece.varying, varying(), strict=True):
                 held.copy_(new)
             known.graph.replay()
-            return known.result.clone()
+            result = known.result
+            return tuple(each.clone() for each in result) if isinstance(result, tuple) else result.clone()
         piece = again()
         result = piece.run()
         if not self._gave_up:

@@ -8,7 +8,7 @@
     Steps           these tokens through the rank's programs    `runtime.generation.steps`
     Places          where their tokens lie in the cache         `places.py`
     RowChooser      the next token of each                      `choose_rows.py`
-    StagedSteps     the same over pipeline stages               `staged_steps.py`
+    StagedSteps     the same over pipeline stages               `stages/`
     OwnBatches      the same where ranks have their own         `own_batches.py`
 
 All ranks of a replica are told the same in the same order, and so do the same: none has to ask another.
@@ -29,11 +29,12 @@ from partitioner.errors import InputError
 from runtime.communication.communicator import Communicator
 from runtime.execution.profile import Profiler
 from runtime.generation.batching.choose_rows import Asked, Choice, RowChooser
-from runtime.generation.batching.chosen_steps import ChosenSteps
+from runtime.generation.batching.chosen_steps import ChosenSteps, Device, OwnDevice, StepsAhead
 from runtime.generation.batching.own_batches import DealtScheduler, OwnBatches
-from runtime.generation.batching.places import InBlocks, InRows, Places, Run, places_for
+from runtime.generation.batching.places import InBlocks, Places, Run, places_for, why_eager
 from runtime.generation.batching.scheduler import Scheduler
-from runtime.generation.batching.staged_steps import StagedSteps
+from runtime.generation.batching.stages.chosen_groups import ChosenGroups, GroupDevice
+from runtime.generation.batching.stages.staged_steps import StagedSteps
 from runtime.generation.batching.work import Counts, Work
 from runtime.generation.generation_request import GenerationRequest
 from runtime.generation.steps import Loaded, Steps
@@ -102,7 +103,7 @@ class BatchLoop:
         self._turn = 0
         self._places: Places | None = None
         """None until the cache is set aside."""
-        self.in_steps: ChosenSteps | None = None
+        self.in_steps: ChosenSteps | ChosenGroups | None = None
 
     @host_default
     def reserve(self, size: CacheSize) -> Room:
@@ -146,21 +147,30 @@ class BatchLoop:
         if self._places is None:
             return []
         refused, self._refused = self._refused, []
-        turn, self._turn = self._turn, (self._turn + 1) % self.scheduler.limits.groups
-        return [*refused, *(told for done in self._advance(turn) for told in self._learn(*done))]
+        found, has_run = self._advance(self._turn)
+        if has_run:
+            self._turn = (self._turn + 1) % self.scheduler.limits.groups
+        return [*refused, *(told for done in found for told in self._learn(*done))]
 
-    def _advance(self, turn: int) -> Sequence[tuple[Work, dict[int, Choice]]]:
-        """What has come of a step: of each rank's sequences where ranks have their own."""
-        steps, scheduler = self.in_steps, self.scheduler
-        run = under_way = None if steps is None else steps.under_way
-        if run is None:
-            works = scheduler.next_of_all(turn) if isinstance(scheduler, DealtScheduler) else [scheduler.next(turn)]
-            run = self._run_of(works) if any(works) else None
+    def _advance(self, turn: int) -> tuple[Sequence[tuple[Work, dict[int, Choice]]], bool]:
+        """What has come of steps: of each rank's sequences where ranks have their own; and whether the turn is over."""
+        if isinstance(self.in_steps, ChosenGroups):
+            return self.in_steps.advance(turn, lambda: self._next_run(turn), self.chooses_in_step)
+        return self._advance_one(turn, self.in_steps), True
+
+    def _next_run(self, turn: int) -> Run | None:
+        scheduler = self.scheduler
+        works = scheduler.next_of_all(turn) if isinstance(scheduler, DealtScheduler) else [scheduler.next(turn)]
+        return self._run_of(works) if any(works) else None
+
+    def _advance_one(self, turn: int, steps: ChosenSteps | None) -> Sequence[tuple[Work, dict[int, Choice]]]:
+        under_way = None if steps is None else steps.under_way
+        run = under_way or self._next_run(turn)
         if steps is not None and run is not None:
             goes_on = self.chooses_in_step(run)
             if goes_on or under_way is not None:
                 return steps.advance(run, goes_on=goes_on)
-        if isinstance(scheduler, DealtScheduler):
+        if isinstance(self.scheduler, DealtScheduler):
             return self._own.advance(run)
         done = self._runner.advance(run)
         return () if done is None else (done,)
@@ -226,7 +236,7 @@ class BatchLoop:
             self._profiler,
             **self._decoding,
         )
-        self._why_eager = self._found_why_eager()
+        self._why_eager = why_eager(places, program, **self._decoding)
         if self._why_eager and program.rank == 0:
             _log.warning("decode steps run node by node, in spite of %s", self._why_eager)
         stages = 1 if program.stage is None else program.stage.count
@@ -236,9 +246,10 @@ class BatchLoop:
         )
         self._turn = 0
         self._runner: _Runner = _OneStage(self)
+        self._staged: StagedSteps | None = None
         if program.stage is not None:
             assert self._decode_by.program.stage is not None
-            self._runner = StagedSteps(
+            self._runner = self._staged = StagedSteps(
                 program.stage,
                 self._decode_by.program.stage,
                 self._communicator,
@@ -268,11 +279,16 @@ class BatchLoop:
                 named=self._named,
             )
             tell = self._own.tell
-        if isinstance(places, InBlocks) and program.stage is None:
-            self.in_steps = ChosenSteps(
-                places, self._steps, schedulers, self._chooser, self._asked,
-                own=own, tell=tell, few_sizes=self._decoding["compile"],
-            )  # fmt: skip
+        if isinstance(places, InBlocks):
+            places.prepare(groups=stages if self._parts == 1 else 1, few_sizes=self._decoding["compile"])
+        staged = self._staged
+        if isinstance(places, InBlocks) and (staged is None or self._parts == 1):
+            of_device = OwnDevice if staged is None else GroupDevice
+            self._of_device: Device = of_device(places, self._steps)
+            if staged is not None and not self._steps.shares_head:
+                tell = staged.tell_one
+            ahead = StepsAhead(self._of_device, places, schedulers, self._chooser, self._asked, own=own, tell=tell)
+            self.in_steps = ChosenSteps(ahead) if staged is None else ChosenGroups(ahead, staged)
 
     def _run_of(self, works: Sequence[Work | None]) -> Run:
         """What this rank runs of a step; works: of each rank that has sequences of its own, or of the one there is."""
@@ -289,7 +305,7 @@ class BatchLoop:
         self._places.before(run)
         if run.work.decode and self._from_fixed_memory:
             assert isinstance(self._places, InBlocks)
-            return self._places.decode(self._steps, run, received, few_sizes=self._decoding["compile"])
+            return self._places.decode(self._steps, run, received)
         return self._steps.execute(
             run.piece, received, decode=run.work.decode, rows=run.rows, least=run.least, like=run.like
         )
@@ -299,15 +315,15 @@ class BatchLoop:
         that come and go.
         """
         places, captured = self._places, self._decoding["cuda_graph"] and self._from_fixed_memory
-        if not (captured and self.program.stage is None and isinstance(places, InBlocks)):
+        if not (captured and self.in_steps is not None and isinstance(places, InBlocks)):
             return
-        sizes = places.sizes(few_sizes=self._decoding["compile"])
+        sizes = places.sizes
         with torch.no_grad():
             for size in reversed(sizes):  # the largest first: what others need of memory they find there
                 began = time.perf_counter()
                 if places.limits.packs and size in (sizes[0], sizes[-1]):
                     self._begin_prompts(places, size)
-                places.begin_size(self._steps, size)
+                self._of_device.begin_size(size)
                 took = time.perf_counter() - began
                 if took > _LONG_S and self.program.rank == 0:
                     _log.warning("kernels of steps of %d rows were compiled and captured in %.1f s", size, took)
@@ -316,8 +332,9 @@ class BatchLoop:
         """Captures prompts of nobody amid so many rows."""
         most = min(places.cache.step, places.cache.max_length)
         for tokens in sorted({min(tokens, most) for tokens in _PROMPTS}):
+            run = places.of_nobody(rows, tokens)
             for _ in range(2):  # the second is captured
-                self.run(places.of_nobody(rows, tokens))
+                self.run(run, () if self._staged is None else self._staged.nothing_handed_on(run))
 
     def _named(self, number: int) -> int | None:
         """How many of the most probable tokens a sequence is told as well, if any."""
@@ -337,27 +354,6 @@ class BatchLoop:
     def _from_fixed_memory(self) -> bool:
         """Whether decode steps are compiled or captured."""
         return any(self._decoding.values()) and not self._why_eager
-
-    def _found_why_eager(self) -> str:
-        """Why decode steps are neither compiled nor captured though that was asked for; "": they are, or it was not."""
-        assert self._places is not None
-        asked = " and ".join(name for name, is_asked in self._decoding.items() if is_asked)
-        if not asked:
-            return ""
-        if isinstance(self._places, InRows):
-            axes = self._places.axes
-            return (
-                f"{asked}: ranks share out the tokens of a sequence over {axes}, and rows of many requests come and go"
-            )
-        if not all(state.per_token for state in self.program.states):
-            return f"{asked}: the model keeps states per sequence, and rows that come and go change which those are"
-        # what is compiled has one size, which must be no cache's
-        if self._decoding["compile"] and not self._places.cache.any_length:
-            return (
-                f"{asked}: attention of single tokens is not the kernel's in all layers, so a compiled step would be "
-                "as long as the whole cache"
-            )
-        return ""
 
     def chooses_in_step(self, run: Run) -> bool:
         """Whether a captured step chooses its rows' tokens too, where they ask for nothing that only the host does."""

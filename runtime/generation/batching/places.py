@@ -23,7 +23,7 @@ from runtime.execution.prompts.piece import Piece, row_sizes
 from runtime.generation.batching.packing import TOKENS_SHARED_OUT, why_not_packed
 from runtime.generation.batching.prefixes.row_texts import SharedOut
 from runtime.generation.batching.work import Limits, Turn, Work
-from runtime.generation.decode_graphs import Begun, Decoder
+from runtime.generation.decode_graphs.decoder import Decoder
 from runtime.generation.steps import Steps
 from runtime.kv_cache.batch import PagedRows
 from runtime.kv_cache.cache import Cache
@@ -33,9 +33,8 @@ from runtime.kv_cache.paged_size import DEFAULT_ROWS, PagedSize
 from runtime.kv_cache.sharded_cache import ShardedCache, cache_for
 from runtime.kv_cache.sharded_slots import uneven_prefix
 from runtime.program.rank_program import RankProgram
-from runtime.sampling.row_sampler import RowOptions
 
-__all__ = ["InBlocks", "InRows", "Places", "Run", "places_for"]
+__all__ = ["InBlocks", "InRows", "Places", "Run", "places_for", "why_eager"]
 
 _DEFAULT_MEMORY = "0.5 of free"
 _BESIDE, _BESIDE_ON_GPU = 128, 2048
@@ -129,6 +128,8 @@ class InBlocks:
         self._size = size
         self.room, self.tokens = size.room, size.tokens
         self.cache: Cache = size.make(program.states, device)
+        self.groups, self.sizes = 1, [size.rows]
+        """Rows of steps that are compiled or captured, in ascending order; see `prepare`."""
         self.why_not_kept, self.why_not_packed = _SUMS_UP if kept.counts_tokens else "", why_not_packed
         self.limits = Limits(
             rows=size.rows,
@@ -173,48 +174,44 @@ class InBlocks:
     def before(self, run: Run) -> None:
         """Nothing: a run says all that the cache has to know."""
 
-    def decode(self, steps: Steps, run: Run, received: Sequence[Tensor] = (), *, few_sizes: bool) -> Any:
-        """Logits [n, 1, V/r], or what a stage hands on, by a compiled or captured step for as many rows or some more.
-
-        few_sizes: whether there is one for one row and one for all; otherwise one for each power of four.
-        """
-        decoder, tokens, positions = self._decoder(steps, run, few_sizes=few_sizes)
+    def decode(self, steps: Steps, run: Run, received: Sequence[Tensor] = ()) -> Any:
+        """Logits [n, 1, V/r], or what a stage hands on, by a compiled or captured step of as many rows or some more."""
+        decoder, tokens, positions = self.decoder(steps, run)
         return decoder.of_first(len(run.piece.tokens), tokens, positions, received, latest=run.latest)
 
-    def begin(
-        self,
-        steps: Steps,
-        run: Run,
-        rows: Sequence[RowOptions],
-        *,
-        few_sizes: bool,
-        also: Sequence[RowOptions] = (),
-    ) -> tuple[Decoder, Begun]:
-        """The same with the choice of each row in it, as `rows` ask; also: as `Decoder.begin` has it."""
-        decoder, tokens, positions = self._decoder(steps, run, few_sizes=few_sizes)
-        return decoder, decoder.begin(rows, tokens, positions, also=also, latest=run.latest)
+    def decoder(self, steps: Steps, run: Run) -> tuple[Decoder, list[int], list[int]]:
+        """The captured step that a run of single tokens takes, with its tokens and positions; it knows their blocks."""
+        assert isinstance(self.cache, PagedCache)
+        assert isinstance(run.rows, PagedRows)
+        count = len(run.piece.tokens)
+        group = run.work.group if self.groups > 1 else 0  # where there is one, it says whose a work is
+        batch = next(size for size in self.sizes if count <= size)
+        self.cache.fix(run.rows, batch, group=group)
+        rest = [0] * (batch - count)
+        tokens, positions = [row[0] for row in run.piece.tokens] + rest, [*run.piece.starts, *rest]
+        return steps.decoder(batch, group=group), tokens, positions
 
-    def again(
-        self, decoder: Decoder, begun: Begun, turns: Sequence[Turn], at: Sequence[int], *, over: Sequence[int]
-    ) -> Begun:
-        """The step behind one that may not be over; at: which of its rows each turn is. over: rows that end with it."""
+    def fix(self, decoder: Decoder, turns: Sequence[Turn], at: Sequence[int]) -> None:
+        """Tells a captured step the blocks of its next run; at: which of its rows each turn is."""
         assert isinstance(self.cache, PagedCache)
         tables: list[tuple[int, ...]] = [()] * decoder.batch
         for row, turn in zip(at, turns, strict=True):
             tables[row] = turn.table
-        self.cache.fix(PagedRows((), tuple(tables)), decoder.batch)
-        return decoder.again(begun, over=over)
+        self.cache.fix(PagedRows((), tuple(tables)), decoder.batch, group=decoder.group)
 
-    def sizes(self, *, few_sizes: bool) -> list[int]:
-        """Rows of compiled and captured steps, in ascending order; few_sizes: one and all."""
-        most = self.limits.rows
-        return sorted({1, most}) if few_sizes else row_sizes(most)
+    def prepare(self, *, groups: int, few_sizes: bool) -> None:
+        """Before steps are compiled or captured. groups: how many take turns.
 
-    def begin_size(self, steps: Steps, size: int) -> None:
-        """A captured step of so many rows of nobody, so that none who comes has to wait for it."""
+        few_sizes: a step of one row and one of all; otherwise of each power of four, and of a group's share, as well.
+        """
+        most, self.groups = self.limits.rows, groups
+        self.sizes = sorted({1, most}) if few_sizes else sorted({*row_sizes(most), -(-most // groups)})
+
+    def decoder_of_nobody(self, steps: Steps, size: int, *, group: int = 0) -> Decoder:
+        """A captured step of so many rows of nobody."""
         assert isinstance(self.cache, PagedCache)
-        self.cache.fix(PagedRows((), ()), size)
-        steps.decoder(size).begin([RowOptions()] * size, [0] * size, [0] * size).wait()
+        self.cache.fix(PagedRows((), ()), size, group=group)
+        return steps.decoder(size, group=group)
 
     def of_nobody(self, size: int, tokens: int) -> Run:
         """A prompt amid so many rows with long texts, or one less; none of these is anybody's."""
@@ -222,16 +219,6 @@ class InBlocks:
         others = min(size, self.limits.rows - 1)
         turns = [*[Turn(-1, row, far, (0,), True, (), 0)] * others, Turn(-1, row, 0, (0,) * tokens, True, (), 0)]
         return self.run_of(Work(tuple(turns), decode=False, group=0, packed=True), lambda _: (0, 0))
-
-    def _decoder(self, steps: Steps, run: Run, *, few_sizes: bool) -> tuple[Decoder, list[int], list[int]]:
-        """With the tokens and positions that it takes."""
-        assert isinstance(self.cache, PagedCache)
-        assert isinstance(run.rows, PagedRows)
-        count = len(run.piece.tokens)
-        batch = next(size for size in self.sizes(few_sizes=few_sizes) if count <= size)
-        self.cache.fix(run.rows, batch)
-        rest = [0] * (batch - count)
-        return steps.decoder(batch), [row[0] for row in run.piece.tokens] + rest, [*run.piece.starts, *rest]
 
     def clear(self, blocks: list[int]) -> None:
         assert isinstance(self.cache, PagedCache)
@@ -344,6 +331,28 @@ class InRows:
 
     def clear(self, blocks: list[int]) -> None:
         """Nothing: the next sequence of a row reads what it has written itself."""
+
+
+def why_eager(places: Places, program: RankProgram, *, compile: bool, cuda_graph: bool) -> str:
+    """Why decode steps are neither compiled nor captured though that was asked for; "": they are, or it was not."""
+    wanted = {"compile": compile, "cuda_graph": cuda_graph}
+    asked = " and ".join(name for name, is_asked in wanted.items() if is_asked)
+    if not asked:
+        return ""
+    if isinstance(places, InRows):
+        return (
+            f"{asked}: ranks share out the tokens of a sequence over {places.axes}, and rows of many requests come and "
+            "go"
+        )
+    if not all(state.per_token for state in program.states):
+        return f"{asked}: the model keeps states per sequence, and rows that come and go change which those are"
+    # what is compiled has one size, which must be no cache's
+    if compile and not places.cache.any_length:
+        return (
+            f"{asked}: attention of single tokens is not the kernel's in all layers, so a compiled step would be as "
+            "long as the whole cache"
+        )
+    return ""
 
 
 def places_for(

@@ -179,17 +179,17 @@ class Scheduler:
 
     # -- the policy ----------------------------------------------------------------------------------------------------
 
+    def may_admit(self, group: int, *, unread: int = 0) -> bool:
+        """Whether the group's next step may give a row to one that waits; unread: tokens that it has not learnt of."""
+        left = [-unread if each == group else 0 for each in range(self.limits.groups)]
+        for each in self._running.values():
+            left[each.group] += each.most - each.computed
+        return bool(self._waiting) and None in self._rows and left[group] == min(left)
+
     def _admit(self, group: int) -> None:
         """Rows for those that wait, in their order, while there is room."""
-        while self._waiting:
-            left = [0] * self.limits.groups
-            for each in self._running.values():
-                left[each.group] += each.most - each.computed
-            if left[group] > min(left):
-                return  # it is for the group that has least to do, whose turn comes
-            row = next((row for row, owner in enumerate(self._rows) if owner is None), None)
-            if row is None or not self._has_room(self._waiting[0]):
-                return
+        while self.may_admit(group) and self._has_room(self._waiting[0]):
+            row = self._rows.index(None)
             sequence = self._waiting.popleft()
             self._rows[row] = sequence.number
             sequence.row, sequence.group, sequence.known = row, group, len(sequence.tokens)

@@ -18,7 +18,7 @@ from torch import Tensor
 from partitioner.errors import SamplingError
 from runtime.generation.choose_tokens import TokenChooser
 from runtime.generation.conversation import Conversation
-from runtime.generation.decode_graphs import Decoder
+from runtime.generation.decode_graphs.stage_decoder import StageDecoder
 from runtime.generation.generation_request import Step
 from runtime.generation.staged.group_results import GroupResults
 from runtime.generation.staged.part import Part
@@ -56,9 +56,10 @@ class Relayed:
             shares_head=part.shares_head,
         )
 
-    def _member(self, group: Conversation, rows: slice) -> Decoder:
+    def _member(self, group: Conversation, rows: slice) -> StageDecoder:
         piece = group.next_piece()
         member = self._part.run.decoder(len(group.texts), rows)
+        assert isinstance(member, StageDecoder)
         member.begin_turns(self._chooser.sampler.best, [row[0] for row in piece.tokens], piece.starts)
         return member
 

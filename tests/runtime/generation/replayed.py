@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.communication.thread_communicator import ThreadCommunicator
-from runtime.generation import decode_graphs, generate_loop, steps
+from runtime.generation import generate_loop, steps
+from runtime.generation.decode_graphs import decoder
 
 __all__ = ["Replayed", "captured", "capturing_prompts", "decoding", "replaying"]
 
@@ -75,7 +76,7 @@ def replaying() -> Iterator[list[Replayed]]:
         return graph, graph.result
 
     with (
-        mock.patch.object(decode_graphs, "captured", captured),
+        mock.patch.object(decoder, "captured", captured),
         mock.patch.object(steps, "captured", captured),
         mock.patch.object(generate_loop, "require_fixed_shapes"),
     ):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.generation.decode_graphs import Chosen, Decoder
+from runtime.generation.decode_graphs.decoder import Chosen, Decoder
 from runtime.generation.generate_loop import GenerateLoop
 from runtime.generation.token_rules import TokenRules
 from runtime.sampling import row_sampler

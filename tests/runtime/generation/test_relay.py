@@ -12,7 +12,7 @@ import torch
 from partitioner import Plan
 from partitioner.compile.generation import compile_steps
 from partitioner.errors import RankMismatch, SamplingError
-from runtime.generation.decode_graphs import Decoder
+from runtime.generation.decode_graphs.stage_decoder import StageDecoder
 from runtime.kv_cache.cache_size import CacheSize
 from runtime.pipeline.message import Box
 from runtime.pipeline.schedule import Run, groups_of, relay, ring
@@ -164,10 +164,10 @@ def test_streams_can_be_left_and_overtaken(plan: str) -> None:
 
 def test_logits_that_leave_no_choice_end_all_ranks_alike() -> None:
     staged, texts = parts("llama", "pp=2"), prompts("llama", (4, 7))
-    best = Decoder._turn
+    best = StageDecoder._turn
     turns = {"left": 9}
 
-    def spoilt(self: Decoder, seen: int) -> None:
+    def spoilt(self: StageDecoder, seen: int) -> None:
         best(self, seen)
         turns["left"] -= self._is_last
         if self._is_last and turns["left"] < 0:
@@ -179,7 +179,7 @@ def test_logits_that_leave_no_choice_end_all_ranks_alike() -> None:
         return "told"
 
     with captured(staged):
-        with mock.patch.object(Decoder, "_turn", spoilt):
+        with mock.patch.object(StageDecoder, "_turn", spoilt):
             assert staged._simulator.run(wrong) == ["told", "told"]
         # and nothing is left under way
         for engine in staged._simulator.engines:
@@ -192,14 +192,14 @@ def test_what_a_graph_yields_is_gone_with_the_next_replay() -> None:
     """The negative control of the captured tests: a stage that hands on what the graph yielded, too late."""
     staged, texts = parts("llama", "pp=2"), prompts("llama", (4, 7))
 
-    def late(self: Decoder, seen: int) -> None:
+    def late(self: StageDecoder, seen: int) -> None:
         self._inputs["input_ids"].copy_(self.inbox.said[0, :, None])
         made = self._run(seen)
         assert self._choose is not None
         self.outbox.said.copy_(self._choose(made) if self._is_last else self.inbox.said)
         self._inputs["position_ids"].add_(1)
 
-    with captured(staged), mock.patch.object(Decoder, "_turn", late):
+    with captured(staged), mock.patch.object(StageDecoder, "_turn", late):
         assert not same("pp=2", texts, max_new_tokens=8)
 
 

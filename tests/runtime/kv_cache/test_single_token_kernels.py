@@ -5,6 +5,7 @@ They add the token and attend to what is cached, as the kernels do: so generatio
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from typing import Any
 
@@ -19,7 +20,7 @@ from runtime.execution.fusion.operations import rotated
 from runtime.execution.prompts import packed_pieces
 from runtime.execution.prompts.packed_pieces import PackedPieces
 from runtime.generation import steps
-from runtime.generation.decode_graphs import Decoder
+from runtime.generation.decode_graphs.decoder import Decoder
 from runtime.kv_cache import cache as cache_module
 from runtime.ops.attention import allowed, attention
 from runtime.ops.kernels import decode_attention as kernels
@@ -27,9 +28,9 @@ from runtime.ops.kernels.decode_attention import Rotation
 from runtime.ops.kernels.float8_rows import from_float8, to_float8
 from tests.runtime.generation.batching import many_requests
 from tests.runtime.generation.batching.many_requests import Case, assert_as_alone, mixed, on_all_ranks
-from tests.runtime.generation.replayed import capturing_prompts
+from tests.runtime.generation.replayed import capturing_prompts, decoding
 from tests.support.generated import prompts
-from tests.support.partitioned import EXACT, compiled
+from tests.support.partitioned import EXACT, compiled, compiled_for
 
 
 def kept(new: Tensor, positions: Tensor, held: Tensor, scales: Tensor | None, table: Tensor | None) -> Tensor:
@@ -182,18 +183,38 @@ def test_what_the_kernel_does_not_keep_is_noticed(counts: Counter[str], monkeypa
     assert (plain.logprobs - wrong.logprobs).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("mistral", marks=pytest.mark.slow)])
-def test_prompts_amid_rows_are_captured(name: str, counts: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+STAGES = "pp=2,pipeline.share_head=false"
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        ("llama", "tp=1"),
+        ("llama", STAGES),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (
+                ("mistral", "tp=1"), ("llama", "pp=2,pipeline.share_head=true"), ("llama", "pp=3"), ("mistral", STAGES),
+                ("llama", "tp=2,pp=2"),
+            )
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("decode", ["eager", pytest.param("captured", marks=pytest.mark.slow)])
+def test_prompts_amid_rows_are_captured(
+    name: str, plan: str, decode: str, counts: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of ever other lengths, amid more and fewer rows, in blocks that others had before: as each is told alone."""
-    parts, size = compiled(name, 1), CacheSize(max_batch=4, max_length=48)
+    parts, size = compiled_for(name, plan), CacheSize(max_batch=4, max_length=48)
     cases = [Case([3 + 7 * n % 50 + at for at in range(1 + 5 * n % 17)], {"max_new_tokens": 3 + n % 5,
              "eos_token_id": [], "logprobs": True}, 2 * n) for n in range(24)]  # fmt: skip
-    alone = many_requests.alone(parts, cases)
+    alone = many_requests.alone(compiled(name, 1), cases)
     by_kernels(monkeypatch)
     monkeypatch.setattr(packed_pieces, "_LEAST", 4)
-    with capturing_prompts() as graphs:
+    decoding_so = decoding(parts, cuda_graph=True) if decode == "captured" else contextlib.nullcontext()
+    with capturing_prompts() as graphs, decoding_so:
         assert_as_alone(cases, on_all_ranks(parts, cases, size), alone)
-        assert 0 < len(graphs) < 12
+        assert 0 < len(graphs) < (12 if decode == "eager" else 40) * parts.mesh.world_size
         assert sum(graph.count for graph in graphs) > 8
         # what fills a prompt up must lie where nobody reads
         monkeypatch.setattr(PackedPieces, "_varying", _in_the_first_block)

@@ -17,7 +17,7 @@ from runtime.communication.thread_communicator import ThreadGroup
 from runtime.generation.batching import chosen_steps, places
 from runtime.generation.batching.batch_loop import BatchLoop
 from runtime.generation.batching.choose_rows import RowChooser
-from runtime.generation.decode_graphs import Decoder
+from runtime.generation.decode_graphs.decoder import Decoder
 from runtime.generation.generation_request import GenerationRequest
 from runtime.kv_cache.cache_size import CacheSize
 from runtime.sampling import row_sampler
@@ -219,7 +219,7 @@ def test_rows_that_were_not_certain_are_run_again(monkeypatch: pytest.MonkeyPatc
     assert ahead["ahead"] > 4
     assert ahead["behind"] > 4
     # what began with another token has to count for nothing
-    monkeypatch.setattr(chosen_steps._UnderWay, "void", property(lambda _: set(), lambda *_: None), raising=False)
+    monkeypatch.setattr(chosen_steps.UnderWay, "void", property(lambda _: set(), lambda *_: None), raising=False)
     with pytest.raises(AssertionError):
         assert_as_alone(cases, on_all_ranks(parts, cases, ROOMY), alone)
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from partitioner import CacheSize
 from partitioner.errors import RankMismatch
-from runtime.generation import decode_graphs
 from runtime.generation.batching import chosen_steps
-from runtime.generation.batching.chosen_steps import ChosenSteps
+from runtime.generation.batching.chosen_steps import StepsAhead
 from runtime.generation.batching.own_batches import OwnBatches
 from runtime.generation.batching.places import Run
-from runtime.generation.decode_graphs import Decoder
+from runtime.generation.decode_graphs import decoder
+from runtime.generation.decode_graphs.decoder import Decoder
 from runtime.sampling import row_sampler
 from tests.runtime.generation.batching import many_requests
 from tests.runtime.generation.batching.many_requests import Case, assert_as_alone, mixed, on_all_ranks
@@ -48,9 +48,9 @@ def free(rows: int) -> list[list[int]]:
 def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Of rank 0: steps that began before the one before them was read, and meetings of the hosts."""
     found: Counter[str] = Counter()
-    begin_next, tell = ChosenSteps._begin_next, OwnBatches.tell
+    begin_next, tell = StepsAhead.begin_next, OwnBatches.tell
 
-    def began(steps: ChosenSteps, latest: Any) -> Any:
+    def began(steps: StepsAhead, latest: Any) -> Any:
         begun = begin_next(steps, latest)
         found["ahead"] += begun is not None and steps._own == 0
         found["behind"] += begun is None and steps._own == 0
@@ -60,7 +60,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         found["told"] += any(numbers) and own._index == 0
         return tell(own, numbers, choices)
 
-    monkeypatch.setattr(ChosenSteps, "_begin_next", began)
+    monkeypatch.setattr(StepsAhead, "begin_next", began)
     monkeypatch.setattr(OwnBatches, "tell", told)
     return found
 
@@ -149,7 +149,7 @@ def test_a_stream_that_is_left_leaves_room_for_the_next() -> None:
 
 def test_all_ranks_look_at_as_many_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that they capture a step for more of them at the same time: each would wait for the others' else."""
-    monkeypatch.setattr(decode_graphs, "_ROUND_TO", 4)
+    monkeypatch.setattr(decoder, "_ROUND_TO", 4)
     cases = [Case([3] * length, {**GREEDY, "max_new_tokens": 8}) for length in (9, 2, 4)]
     alone, held = many_requests.alone(parts("tp=1"), cases), compiled_for(NAME, "ep=2")
     with captured(held) as graphs:
@@ -213,7 +213,7 @@ def test_rows_that_were_not_certain_are_run_again(monkeypatch: pytest.MonkeyPatc
     assert counts["ahead"] > 4
     assert counts["told"] > 4
     # what began with another token has to count for nothing
-    monkeypatch.setattr(chosen_steps._UnderWay, "void", property(lambda _: set(), lambda *_: None), raising=False)
+    monkeypatch.setattr(chosen_steps.UnderWay, "void", property(lambda _: set(), lambda *_: None), raising=False)
     with captured(held), pytest.raises(AssertionError):
         assert_as_alone(cases, on_all_ranks(held, cases, ROOMY), alone)
 
@@ -245,15 +245,15 @@ def test_logits_that_are_no_numbers_are_those_of_one_row(broken_rank: int, monke
 @pytest.mark.parametrize("failing_rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_ranks_fail_together(failing_rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a step is under way that others have begun as well."""
-    read, steps = ChosenSteps._read, Counter[str]()
+    read, steps = StepsAhead.read, Counter[str]()
 
-    def failing(chosen: ChosenSteps, latest: Any) -> Any:
+    def failing(chosen: StepsAhead, latest: Any, behind: Any) -> Any:
         steps["read"] += chosen._own == failing_rank
         if steps["read"] == 4 and chosen._own == failing_rank:
             raise RuntimeError("this rank has had enough")
-        return read(chosen, latest)
+        return read(chosen, latest, behind)
 
-    monkeypatch.setattr(ChosenSteps, "_read", failing)
+    monkeypatch.setattr(StepsAhead, "read", failing)
     held = compiled_for(NAME, "ep=2")
     with captured(held), pytest.raises(RuntimeError, match="had enough"):
         held.generate([[5, 6, 7], [8, 9]], **GREEDY)

@@ -6,7 +6,7 @@ is compiled serves any cache. Elsewhere it looks at `seen` slots, rounded up, so
 States per sequence stay in one place: a step reads and writes them there, for rows that are active.
 A captured step may choose its rows' tokens too, each as its request asks (`runtime.sampling.row_sampler`), and tell all
 ranks that have sequences of their own.
-Over stages, groups of rows have steps of their own, which hand on by themselves (`runtime.pipeline.relay`).
+Over stages, groups of rows have steps of their own (`runtime.generation.decode_graphs.stage_decoder`).
 CUDA graphs: launching a captured step costs the host microseconds instead of the launch of each of its kernels.
 """
 
@@ -34,14 +34,13 @@ from runtime.program.rank_program import RankProgram
 from runtime.sampling.row_sampler import Kind, RowOptions, RowSampler
 from runtime.sampling.vocabulary_search import VocabularySearch
 
-__all__ = ["Begun", "Chosen", "Decoder", "require_fixed_shapes"]
+__all__ = ["LOGITS", "Begun", "Chosen", "Decoder", "FixedStep", "require_fixed_shapes"]
 
-_Step = tuple[Literal["logits", "choice", "turn", "head"], Kind | None, bool]
-"""What is run: a step; a step that chooses, of which kind, and whether the next one goes on from there; one of a stage,
-between its inbox and its outbox; what all stages choose."""
-_LOGITS: _Step = ("logits", None, False)
-_TURN: _Step = ("turn", None, False)
-_HEAD: _Step = ("head", None, False)
+FixedStep = tuple[Literal["logits", "choice", "turn", "message", "head"], Kind | None, bool]
+"""What is run: a step; a step that chooses, of which kind, and whether the next one goes on from there. Over stages: a
+turn, or a step, between inbox and outbox; what all choose from a head that they share out, of which kind, or as turns.
+"""
+LOGITS: FixedStep = ("logits", None, False)
 
 _INPUTS = ("input_ids", "position_ids", "last", "active")
 _ROUND_TO = 256
@@ -96,14 +95,16 @@ class Decoder:
         cache: Cache,
         *,
         batch: int,
-        rows: slice | None,
+        rows: slice | None = None,
         device: torch.device,
         compiled: Callable[..., Any] | None,
         cuda_graph: bool,
         pool: GraphPool,
-        head: HeadOfAll | None,
+        head: HeadOfAll | None = None,
+        group: int = 0,
     ) -> None:
-        self.batch, self.cache, self._rows, self._pool = batch, cache, rows, pool
+        """group: which rows of a cache in blocks, where several groups have steps of their own."""
+        self.batch, self.cache, self.group, self._rows, self._pool = batch, cache, group, rows, pool
         self._is_compiled, self._captures = compiled is not None, cuda_graph
         self._execute, self._head = execute, head
         self._inputs = {
@@ -114,19 +115,16 @@ class Decoder:
         }
         stage = program.stage
         self.inbox = Box(() if stage is None else stage.receives, batch, device)
-        self.outbox = Box(() if stage is None else stage.sends, batch, device)
         self._is_last = stage is None or stage.index + 1 == stage.count
-        shared = program.shared_head
         self._hands_on = () if stage is None else stage.sends
-        self._for_head = Box(() if shared is None else shared.receives, batch, device)
-        if self._is_last and shared is not None:
-            self._hands_on = shared.receives
+        if self._is_last and program.shared_head is not None:
+            self._hands_on = program.shared_head.receives
         self._of_run = [self._inputs[wanted.name] for wanted in program.inputs]
         self._given = [*self._of_run, *self.inbox.values]
         self._function: Callable[..., Any] = execute.function if compiled is None else compiled
         self._compared = compiled is None
         """Whether the ranks have made sure that they are about to do the same: a compiled step does not."""
-        self._graphs: dict[tuple[int, _Step], tuple[Any, Any]] = {}
+        self._graphs: dict[tuple[int, FixedStep], tuple[Any, Any]] = {}
         """By the slots they look at."""
         self._program, self._device = program, device
         self._row_sampler: RowSampler | None = None
@@ -136,8 +134,6 @@ class Decoder:
             bind = execute.communicator.bind
             self._of_all = bind(all_gather, program.batch_axes, node="tokens", options={"dim": 0})
         self._kinds: list[Kind] = []
-        self._choose: Callable[[Tensor], Tensor] | None = None
-        self._latest = 0  # position of the next turn
 
     def __call__(
         self,
@@ -154,21 +150,25 @@ class Decoder:
         ones; of a stage that hands on, a tuple comes back. latest: the largest position of ranks that run with this
         one: all look at as many slots, so that all capture the same step at the same time.
         """
-        for held, given in zip(self.inbox.values, received, strict=True):
-            held[tuple(slice(size) for size in given.shape)].copy_(given)
+        self._receive(received)
         self._set(tokens, positions, active)
         seen = self._seen(max(*positions, latest))
         self._compare(seen)
-        return self._done(seen, _LOGITS)
+        return self._done(seen, LOGITS)
+
+    def _receive(self, received: Sequence[Tensor]) -> None:
+        """Of all rows, or of the first ones."""
+        for held, given in zip(self.inbox.values, received, strict=True):
+            held[tuple(slice(size) for size in given.shape)].copy_(given)
 
     def of_first(
         self,
         count: int,
         tokens: Sequence[int],
         positions: Sequence[int],
-        received: Sequence[Tensor],
+        received: Sequence[Tensor] = (),
         *,
-        latest: int,
+        latest: int = 0,
     ) -> Any:
         """As a run of the first `count` sequences has it: logits [count, 1, V/n], or what the stage hands on."""
         made = self(tokens, positions, received=received, latest=latest)
@@ -221,9 +221,13 @@ class Decoder:
         """
         if keeps:
             begun.logits = begun.logits.clone()
+        self._begin_anew(over)
+        return self._begun(begun.kind, begun.latest + 1)
+
+    def _begin_anew(self, over: Sequence[int]) -> None:
+        """Rows that are nobody's from now on."""
         if over:
             self._inputs["position_ids"].index_fill_(0, on_device(over, self._device), 0)
-        return self._begun(begun.kind, begun.latest + 1)
 
     def _begun(self, kind: Kind, latest: int) -> Begun:
         logits, said = self._done(self._seen(latest), ("choice", kind, True))
@@ -253,32 +257,6 @@ class Decoder:
             self._kinds.append(kind)
         return kind
 
-    def begin_turns(self, choose: Callable[[Tensor], Tensor], tokens: Sequence[int], positions: Sequence[int]) -> None:
-        """Before the first `turn`, over stages: the token of each row, and its position. choose: as of a chain.
-
-        The ranks of a stage compare and capture the step here: no other stage waits for one that does that.
-        """
-        self._choose = self._choose or choose
-        self._set(tokens, positions)
-        self.inbox.said.zero_()
-        self.inbox.said[0].copy_(self._inputs["input_ids"][:, 0])
-        self._latest = max(positions)
-        seen = self._seen(self._latest)
-        self._compare(seen)
-        if self._captures:
-            self._graph(seen, _TURN)
-            if self._head is not None:
-                self._graph(0, _HEAD)
-
-    def turn(self) -> None:
-        """One step of the tokens in `inbox`, and what it hands on into `outbox`: on the last stage, what is chosen."""
-        self._done(self._seen(self._latest), _TURN)
-        self._latest += 1
-
-    def choose_by_all(self) -> None:
-        """Of a head that all stages share out, behind the last one's turn: the next tokens, into `inbox`, on all."""
-        self._done(0, _HEAD)
-
     def _set(self, tokens: Sequence[int], positions: Sequence[int], active: Sequence[bool] = ()) -> None:
         self.cache.fixed_states.settle(self.cache.buffers)
         self._inputs["active"].copy_(torch.tensor(active or [True] * self.batch))
@@ -294,23 +272,24 @@ class Decoder:
             return most
         return min(most, -(-(latest + 1) // _ROUND_TO) * _ROUND_TO)
 
-    def _done(self, seen: int, step: _Step) -> Any:
+    def _done(self, seen: int, step: FixedStep) -> Any:
         if not self._captures:
             return self._body(step)(seen)
         graph, result = self._graph(seen, step)
         graph.replay()
         return result
 
-    def _graph(self, seen: int, step: _Step) -> tuple[Any, Any]:
+    def _graph(self, seen: int, step: FixedStep) -> tuple[Any, Any]:
         if (seen, step) not in self._graphs:
             self._graphs[seen, step] = self._capture(self._body(step), seen)
         return self._graphs[seen, step]
 
-    def _body(self, step: _Step) -> Callable[[int], Any]:
+    def _body(self, step: FixedStep) -> Callable[[int], Any]:
         what, kind, chained = step
         if kind is not None:
             return functools.partial(self._chosen, kind=kind, chained=chained)
-        return {"logits": self._run, "turn": self._turn, "head": self._chosen_by_all}[what]
+        assert what == "logits"
+        return self._run
 
     @torch.no_grad()
     def _chosen(self, seen: int, kind: Kind, *, chained: bool) -> tuple[Tensor, Tensor]:
@@ -321,33 +300,11 @@ class Decoder:
             self.rows.advance(said, kind, self._inputs["input_ids"], self._inputs["position_ids"])
         return logits, said if self._of_all is None else self._of_all(said[None])
 
-    @torch.no_grad()
-    def _turn(self, seen: int) -> None:
-        assert self._choose is not None
-        self._inputs["input_ids"].copy_(self.inbox.said[0, :, None])
-        made = self._run(seen)
-        chooses = self._is_last and self._head is None
-        self.outbox.said.copy_(self._choose(made) if chooses else self.inbox.said)
-        to = self._for_head if self._is_last else self.outbox
-        for held, value in zip(to.values, () if chooses else made, strict=True):
-            held.copy_(value)
-        if self._head is None:
-            self._inputs["position_ids"].add_(1)
-
-    @torch.no_grad()
-    def _chosen_by_all(self, _: int) -> None:
-        """The head takes the inputs of the turn, which are those of the next one behind it."""
-        assert self._head is not None
-        assert self._choose is not None
-        logits = self._head.step(self._of_run, self._for_head.values)
-        self.inbox.said.copy_(self._choose(logits[:, 0]))
-        self._inputs["position_ids"].add_(1)
-
     def _compare(self, seen: int) -> None:
         """One step as it is, with every collective compared; the next one does it again, and writes the same."""
         if self._compared:
             return
-        self.cache.begin_fixed(self._inputs["position_ids"], seen, rows=self._rows)
+        self.cache.begin_fixed(self._inputs["position_ids"], seen, rows=self._rows, group=self.group)
         states = self.cache.fixed_states.copies()
         self._execute(self._given)
         self.cache.fixed_states.restore(states)
@@ -362,7 +319,7 @@ class Decoder:
 
     @torch.no_grad()
     def _run(self, seen: int) -> Any:
-        self.cache.begin_fixed(self._inputs["position_ids"], seen, rows=self._rows)
+        self.cache.begin_fixed(self._inputs["position_ids"], seen, rows=self._rows, group=self.group)
         communicator = self._execute.communicator
         try:
             made = self._function(*self._given)
