@@ -11,7 +11,7 @@ import torch
 
 from partitioner import Plan, partition
 from runtime.communication.thread_communicator import ThreadCommunicator
-from runtime.execution.prompts import captured_pieces, piece
+from runtime.execution.prompts import agreed_ways, captured_pieces, piece
 from runtime.execution.prompts.captured_pieces import asks_host
 from runtime.execution.prompts.piece import places
 from runtime.generation import steps
@@ -339,7 +339,7 @@ def test_room_is_asked_for_what_comes_at_most(monkeypatch: pytest.MonkeyPatch) -
 def test_ranks_with_uneven_parts_do_the_same(graphs: list[Replayed], monkeypatch: pytest.MonkeyPatch) -> None:
     """From how many tokens on a piece keeps a GPU busy depends on what a rank multiplies."""
     own, found = [], []
-    alone, init = steps.turns_from, Steps.__init__
+    alone, init = agreed_ways.turns_from, Steps.__init__
 
     def told(program: Any) -> int:
         own.append(alone(program))
@@ -349,7 +349,7 @@ def test_ranks_with_uneven_parts_do_the_same(graphs: list[Replayed], monkeypatch
         init(each, *given, **named)
         found.append(each._turns_from)
 
-    monkeypatch.setattr(steps, "turns_from", told)
+    monkeypatch.setattr(agreed_ways, "turns_from", told)
     monkeypatch.setattr(Steps, "__init__", made)
     compiled("llama", 3).generate(texts(9, seed=0), **OPTIONS)
     assert len(set(own)) > 1
