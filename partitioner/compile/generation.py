@@ -19,8 +19,9 @@ from partitioner.analysis.tokens.token_mixing import why_rows_mix, why_tokens_mi
 from partitioner.analysis.tokens.tokens_as_rows import why_not_as_rows, why_rows_meet
 from partitioner.capture import states_found_once
 from partitioner.capture.inputs.explicit_positions import explicit_positions
-from partitioner.compile.pass_order import passes_of, splitting
-from partitioner.compile.run_passes import choose, run_passes
+from partitioner.compile.pass_manager.choose_passes import choose
+from partitioner.compile.pass_manager.pass_order import passes_of, splitting
+from partitioner.compile.pass_manager.run_passes import run_passes
 from partitioner.compile.tracing.input_bounds import bound_inputs
 from partitioner.compile.tracing.probe_decode import compare_steps, is_another_text
 from partitioner.errors import CaptureError, LayoutError, PlanError

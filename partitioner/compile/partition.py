@@ -25,8 +25,8 @@ from partitioner.analysis.tokens.tokens_as_rows import why_not_as_rows
 from partitioner.compile.emit import Emitter
 from partitioner.compile.generation import compile_generation, split_weights
 from partitioner.compile.parts import Parts
-from partitioner.compile.pass_order import check_plan, passes_of
-from partitioner.compile.run_passes import run_passes
+from partitioner.compile.pass_manager.pass_order import check_plan, passes_of
+from partitioner.compile.pass_manager.run_passes import run_passes
 from partitioner.compile.tracing.trace import trace, trace_piece, trace_step
 from partitioner.errors import CaptureError, PlanError
 from partitioner.program.model_record import ModelRecord

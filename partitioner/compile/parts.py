@@ -30,7 +30,7 @@ class Parts(Ranks, Generic[Report]):
     """See the module's docstring.
 
     program: the entry "text". generation: compiles the entries "prefill" and "decode". traced: the program before any
-    pass, for `partitioner.cli.compare`.
+    pass, for `partitioner.compile.compare`.
     """
 
     def __init__(

@@ -5,9 +5,12 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from partitioner.errors import PlanError
-from partitioner.program.program import Program
+
+if TYPE_CHECKING:  # a plan is checked without torch
+    from partitioner.program.program import Program
 
 __all__ = ["matching", "select"]
 

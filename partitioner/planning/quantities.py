@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 from partitioner.errors import InputError
 from partitioner.program.plan import Plan
 
-__all__ = ["Memory", "Price", "Seconds", "Workload", "runs_of"]
+__all__ = ["GOALS", "Memory", "Price", "Seconds", "Workload", "runs_of"]
 
 RUN_TOKENS = 8192
+GOALS = ("latency", "throughput", "context")
+"""What plans are ranked by."""
 
 
 @dataclass(frozen=True)

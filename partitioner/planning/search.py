@@ -20,16 +20,14 @@ from partitioner.errors import InputError, PlanError
 from partitioner.planning.cluster import Cluster
 from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.pricing.stored_format import StoredFormat
-from partitioner.planning.quantities import Price, Workload
+from partitioner.planning.quantities import GOALS, Price, Workload
 from partitioner.planning.summary import Summary, summarize
 from partitioner.program.plan import Plan
 
 SP_TOKENS = 1024
 """Of a prompt, for each rank of sp, before sharing tokens out is considered: with fewer, tp divides the same work."""
 
-__all__ = ["GOALS", "SP_TOKENS", "Choice", "broken_limits", "choose_plan", "plans", "search"]
-
-GOALS = ("latency", "throughput", "context")
+__all__ = ["SP_TOKENS", "Choice", "broken_limits", "choose_plan", "plans", "search"]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,4 @@
-"""The Program with its values, weights and states; the Plan; the ranks of both: what all other rooms use."""
+"""The Program with its values, weights and states; the Plan; the ranks of both: what all other rooms use.
 
-from partitioner.program.program import Entry, Input, Origins, PerRankInt, Program, State, Value, Weight
-
-__all__ = ["Entry", "Input", "Origins", "PerRankInt", "Program", "State", "Value", "Weight"]
+Nothing is imported here: a Plan needs no torch, and a Program does.
+"""

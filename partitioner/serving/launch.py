@@ -28,13 +28,14 @@ from transformers.utils import logging as transformers_logging
 from partitioner.analysis.report.report import Report
 from partitioner.compile.partition import partition
 from partitioner.compile.parts import Parts
-from partitioner.compile.pass_order import check_plan
+from partitioner.compile.pass_manager.pass_order import check_plan
 from partitioner.errors import InputError, PlanError
 from partitioner.program.plan import Plan
 from partitioner.program.ranks import Ranks
 from partitioner.storage import compiled
 from partitioner.storage.bundle.bundle import Bundle, load
-from partitioner.storage.named_model import dtype_named, hub_hint
+from partitioner.storage.dtypes import dtype_named
+from partitioner.storage.hub import hub_hint
 from partitioner.storage.recognise import is_bundle
 from runtime.communication.process_groups import Sharing
 from runtime.engine.engine import Engine

@@ -21,7 +21,7 @@ from typing import Any
 from partitioner.errors import InputError
 from partitioner.program.plan import Plan
 from partitioner.serving.launch import launch
-from partitioner.storage.named_model import dtype_named
+from partitioner.storage.dtypes import dtype_named
 from runtime.kv_cache.cache_size import CacheSize
 
 __all__ = ["application"]

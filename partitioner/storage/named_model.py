@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,16 @@ import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import hub, logging
+from transformers.utils import logging
 
 from partitioner.errors import CaptureError, WeightError
+from partitioner.storage.hub import hub_hint
 from partitioner.storage.json_fields import read_fields
 from partitioner.storage.recognise import MANIFEST
 
 __all__ = [
     "class_notes",
     "class_of",
-    "dtype_named",
-    "hub_hint",
     "load_config",
     "load_model",
     "own_code",
@@ -76,20 +74,6 @@ def load_config(name: str, *, small: bool = False) -> Any:
     hint = hub_hint(name) or (f"; near: {', '.join(near)}" if near else "")
     raise CaptureError(
         f"{name!r} is neither a checkpoint folder, nor config:FILE.json, nor a model type that transformers knows{hint}"
-    )
-
-
-def hub_hint(name: str) -> str:
-    """Where the snapshot of a hub's repository lies, if `name` may be one; "" otherwise. Nothing is fetched."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        return ""
-    found = hub.try_to_load_from_cache(name, "config.json")
-    if isinstance(found, str):
-        return f"; it is the name of a repository, whose snapshot is in {Path(found).parent}: give that folder"
-    place = Path(hub.constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "snapshots")
-    return (
-        "; it may be the name of a repository on a hub: nothing is fetched from there, and its snapshot would be a "
-        f"folder in {place} (hf download {name} puts it there)"
     )
 
 
@@ -242,10 +226,3 @@ def _small(model_type: str) -> Any:
         raise CaptureError(
             f"the default configuration of {model_type!r} cannot be shrunk ({_line(error)}): give config:FILE.json"
         ) from error
-
-
-def dtype_named(name: str) -> torch.dtype:
-    known = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise CaptureError(f"unknown dtype {name!r}; the dtypes are {', '.join(known)}")
-    return known[name]

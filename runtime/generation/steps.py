@@ -8,6 +8,7 @@ run(piece)        -> the same of any piece; `rows`: those of the cache that its 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from runtime.execution.profile import Profiler
 from runtime.execution.prompts.agreed_ways import AgreedWays, row_dims
 from runtime.execution.prompts.captured_pieces import CapturedPieces, Made, Runnable
 from runtime.execution.prompts.inputs import filled_up, inputs_of, on_device
-from runtime.execution.prompts.packed_pieces import PackedPieces
+from runtime.execution.prompts.packed_pieces import PackedPieces, Room
 from runtime.execution.prompts.piece import Piece, halves_of, last_of, places
 from runtime.generation.decode_graphs.decoder import Decoder
 from runtime.generation.decode_graphs.stage_decoder import StageDecoder
@@ -234,23 +235,29 @@ class Steps:
         """
         if not (decode or received or least > 1 or like is not None or piece.packed):
             return self._execute_piece(piece, rows)
-        if piece.packed and isinstance(rows, PagedRows) and self._packed is not None and self._packed_sizes(piece):
+        if piece.packed and isinstance(rows, PagedRows) and self._packed is not None and self._packed_room(piece):
             return self._packed(piece, rows, received)
         batch, values = self._inputs(piece, decode=decode, least=least)
         self.cache.begin(batch, rows=rows, decode=decode)
         execute = self._decode if decode else self._prefill
         return execute([*values, *received], like="packed" if piece.packed else like)
 
-    def _packed_sizes(self, piece: Piece) -> tuple[int, int] | None:
+    def _packed_room(self, piece: Piece) -> Room | None:
         """Of a packed piece that may be captured, as `PackedPieces.sizes` has it."""
-        keeps_busy = sum(map(len, piece.tokens)) >= self._turns_from / _WHOLE_TO_TURNS
+        keeps_busy = sum(map(len, piece.tokens)) >= self.packs_below
         if self._packed is None or keeps_busy or not self._comes_again(piece, self._ways.packs_steadily):
             return None
         return self._packed.sizes(piece)
 
     def _packed_tokens(self, piece: Piece) -> int:
         """How many a run of a packed piece has."""
-        return sum(self._packed_sizes(piece) or map(len, piece.tokens))
+        room = self._packed_room(piece)
+        return sum(map(len, piece.tokens)) if room is None else room.rows + room.tokens
+
+    @property
+    def packs_below(self) -> int:
+        """Tokens of a step of prompts amid single tokens below which it is captured; alike on all ranks."""
+        return math.ceil(self._turns_from / _WHOLE_TO_TURNS) if self._packed is not None and self._has_room else 0
 
     def _execute_piece(self, piece: Piece, rows: slice | PagedRows | None) -> Any:
         """The logits of a piece of prompts: whole or in two halves, node by node or captured."""

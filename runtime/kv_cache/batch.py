@@ -39,6 +39,9 @@ class Batch:
     """Rows that take tokens in this run; the others repeat what they have. Empty: all do."""
     packed: bool = False
     """Whether the tokens of all rows stand behind each other."""
+    behind: Tensor | None = None
+    """Of one row that stands behind as many tokens as only the device knows, and `starts` at most: [2, 2] int32, zeros
+    and the number of its tokens, and of all that it sees."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -57,7 +60,7 @@ class Batch:
         """The position at which every row starts, if that is the same one, all are active and none is filled up."""
         size = self.shape[1]
         alike = len(set(self.starts)) == 1 and all(count == size for count in self.counts) and all(self.active)
-        return self.starts[0] if alike else None
+        return self.starts[0] if alike and self.behind is None else None
 
     def parts(self, rows: PagedRows, *, worth: float) -> list[Part]:
         """Neighbours that take as many tokens each, as long as it pays to read so much of the cache of all of them as

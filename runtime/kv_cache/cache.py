@@ -320,7 +320,7 @@ class Cache:
     def _can_flash(self, q: Tensor, v: Tensor, slots: int, window: int | None) -> bool:
         """Whether several tokens stand behind others that lie in their order, or rows are of different lengths."""
         tokens = self._batch
-        if tokens is None or q.shape[2] == 1 or slots < tokens.end:
+        if tokens is None or q.shape[2] == 1 or slots < tokens.end or tokens.behind is not None:
             return False
         is_first = tokens.start == 0 and (window is None or window >= tokens.end)
         return not is_first and can_flash(q, v)

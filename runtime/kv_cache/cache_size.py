@@ -23,7 +23,7 @@ import torch
 from partitioner.errors import InputError
 from partitioner.sharding.mesh import AXES
 from runtime.communication.communicator import Communicator, gather_all
-from runtime.kv_cache.device_memory import Amount, free_bytes, readable
+from runtime.kv_cache.device_memory import FLOAT8, Amount, free_bytes, readable, require_dtype
 from runtime.kv_cache.sharded_slots import cache_bytes
 from runtime.ops.cached_attention import cached_attention
 from runtime.ops.rows.sequence_attention import cached_sequence_attention
@@ -44,7 +44,6 @@ __all__ = [
     "held_as",
     "in_float8",
     "longest_text",
-    "require_dtype",
     "slots_for",
     "step_of",
     "tokens_that_fit",
@@ -61,7 +60,6 @@ _LIVE = 8
 """How many values as wide as the widest layer are alive at once, about."""
 _SPARED = 4
 """How much more than what a run takes is to be left, for others like it to be captured."""
-FLOAT8 = "fp8"
 ANY_LENGTH = 2**31 - 1
 """Stands for "as long as you like": what the model remembers does not grow, and it counts no positions in a table."""
 
@@ -99,11 +97,6 @@ class CacheSize:
 
 
 _ATTENDING = (cached_attention, cached_sequence_attention, latent_attention, latent_sequence_attention)
-
-
-def require_dtype(dtype: object) -> None:
-    if dtype not in (None, FLOAT8):
-        raise InputError(f"the dtype of a cache must be None, that of the model, or {FLOAT8!r}; got {dtype!r}")
 
 
 def why_not_float8(program: RankProgram) -> str | None:

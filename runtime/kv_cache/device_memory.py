@@ -1,7 +1,8 @@
-"""How much memory is free on a device, and amounts of memory as a user writes them.
+"""What a user says of a cache's memory, and how much is free on a device.
 
 4_000_000_000, "4 GB", "512 MiB"    so many bytes
 "0.9 of free"                       a share of what is free when asked
+"fp8"                               the dtype of a cache that is not the model's
 
 CUDA   what the driver has left, and what torch keeps without using it
 CPU    the least of what the kernel calls available and what the limits of the process's cgroups leave
@@ -12,12 +13,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from partitioner.errors import InputError
 
-__all__ = ["Amount", "free_bytes", "readable"]
+if TYPE_CHECKING:  # what a user says is checked without torch
+    import torch
+
+__all__ = ["FLOAT8", "Amount", "free_bytes", "readable", "require_dtype"]
+
+FLOAT8 = "fp8"
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", re.IGNORECASE)
@@ -53,9 +58,17 @@ class Amount:
         return self.bytes if self.bytes is not None else None if free is None else int(self.share * free)
 
 
+def require_dtype(dtype: object) -> None:
+    """That of a cache."""
+    if dtype not in (None, FLOAT8):
+        raise InputError(f"the dtype of a cache must be None, that of the model, or {FLOAT8!r}; got {dtype!r}")
+
+
 def free_bytes(device: torch.device) -> int | None:
     """None where this system does not say."""
     if device.type == "cuda":
+        import torch
+
         free, _ = torch.cuda.mem_get_info(device)
         # what torch's allocator holds and does not use is there for the next tensor
         return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

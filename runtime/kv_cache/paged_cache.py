@@ -31,7 +31,7 @@ from runtime.kv_cache.cache import Cache
 from runtime.kv_cache.slots import minus_infinity
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention
-from runtime.ops.kernels.flash_attention import can_flash, flash_attention, flash_rows
+from runtime.ops.kernels.flash_attention import can_flash, flash_attention, flash_behind, flash_rows
 from runtime.ops.state.latent_attention import latent_attention
 from runtime.program.shards import StateShard
 
@@ -281,6 +281,8 @@ class PagedCache(Cache):
         found = self._held(keys, seen), self._held(values, seen)
         plain = mask is None and sinks is None and options["causal"]
         plain = plain and all(options[name] is None for name in ("softcap", "chunk", "kv_map"))
+        if plain and tokens is not None and tokens.behind is not None and can_flash(q, v):
+            return flash_behind(q, *found, tokens.behind, scale=options["scale"], window=options["window"])
         if plain and tokens is not None and self._can_flash(q, v, self.max_length, options["window"]):
             scale, window = options["scale"], options["window"]
             return flash_rows(q, *found, tokens.starts, tokens.counts, scale=scale, window=window)

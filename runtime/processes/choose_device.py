@@ -6,15 +6,20 @@ choose_device("cuda", num_ranks=2)    InputError where it has not
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from partitioner.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["choose_device"]
 
 
 def choose_device(wanted: str | torch.device, *, num_ranks: int) -> torch.device:
     """The device of each of `num_ranks` ranks of this host; "cuda" without a number: each has one of its own."""
+    import torch  # here: what is checked before a device is has no need of it
+
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "auto":
         return torch.device("cuda" if count >= num_ranks else "cpu")

@@ -28,8 +28,6 @@ from contextlib import contextmanager, suppress
 from types import FrameType, MappingProxyType
 from typing import NoReturn
 
-import torch
-
 from partitioner.errors import CommunicationError, InputError, PartitionerError, RankLost
 from runtime.processes.capacity import require_capacity
 from runtime.processes.place import LOCAL_STORE, REPLICA
@@ -120,6 +118,8 @@ def require_timeout(timeout_s: float) -> None:
 
 def begin_worker() -> None:
     """Share the cores between the ranks of this machine."""
+    import torch  # here: whoever starts ranks, or checks what they are to be told, needs none
+
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks_here))

@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from partitioner import Parts, Plan, partition
-from partitioner.cli.compare import difference
+from partitioner.compile.compare import difference
 from partitioner.compile.partition import compile_program
 from partitioner.compile.tracing.trace import trace
 from partitioner.errors import LayoutError, PlanError
-from partitioner.program import Program
+from partitioner.program.program import Program
 from partitioner.proof.float64 import in_float64
 from partitioner.proof.layouts import check
 from partitioner.proof.rows import check_rows

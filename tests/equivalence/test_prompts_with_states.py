@@ -15,8 +15,7 @@ from torch import fx
 
 from partitioner import Plan, load, partition
 from partitioner.compile.generation import compile_steps
-from partitioner.program import Program
-from partitioner.program.program import Value
+from partitioner.program.program import Program, Value
 from runtime.execution.prompts import tokens_as_rows
 from runtime.execution.prompts.tokens_as_rows import loop_over_tokens
 from runtime.ops.state import selective_scan, state_write

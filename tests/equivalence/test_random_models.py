@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from partitioner import Plan
 from partitioner.analysis.labels.assign_owners import divide
-from partitioner.cli.compare import difference
+from partitioner.compile.compare import difference
 from partitioner.compile.partition import compile_program
 from partitioner.compile.tracing.trace import trace
 from partitioner.errors import PlanError

@@ -37,7 +37,7 @@ from partitioner import Plan
 from partitioner.compile.partition import compile_program
 from partitioner.compile.parts import Parts
 from partitioner.compile.tracing.trace import trace
-from partitioner.program import Program
+from partitioner.program.program import Program
 from runtime.communication.channels import Channel
 from runtime.communication.process_groups import ProcessGroups
 from runtime.engine import Engine

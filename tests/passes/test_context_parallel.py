@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from partitioner import Plan
-from partitioner.cli.compare import difference
+from partitioner.compile.compare import difference
 from partitioner.compile.partition import compile_program
 from partitioner.errors import LayoutError, PlanError
-from partitioner.program import Program
+from partitioner.program.program import Program
 from partitioner.proof.layouts import check
 from runtime.ops.attention import attention
 from runtime.ops.collectives import all_reduce

@@ -13,9 +13,9 @@ from torch import Tensor, fx
 
 from partitioner.compile.parts import Parts
 from partitioner.compile.tracing.trace import trace
-from partitioner.program import Input, Program, Value
 from partitioner.program.node_arguments import operation
 from partitioner.program.plan import Plan
+from partitioner.program.program import Input, Program, Value
 from partitioner.proof.layouts import check
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import REPLICATED, Layout, Split

@@ -10,7 +10,7 @@ from torch import nn
 
 from partitioner.analysis.cost.program_cost import program_cost
 from partitioner.errors import LayoutError
-from partitioner.program import Program
+from partitioner.program.program import Program
 from partitioner.proof.layouts import check
 from runtime.ops.collectives import all_reduce
 from runtime.ops.rows import collect_rows, scatter_rows

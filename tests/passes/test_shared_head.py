@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import partitioner
 from partitioner import Parts, Plan, partition
-from partitioner.cli.compare import first_divergence
+from partitioner.compile.compare import first_divergence
 from partitioner.compile.partition import compile_program
 from partitioner.compile.tracing.trace import trace
 from partitioner.errors import LayoutError, PlanError, RankMismatch

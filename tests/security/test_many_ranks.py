@@ -4,6 +4,7 @@ import resource
 import threading
 import time
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from runtime.engine import simulator
 from runtime.engine.simulator import Simulator
 from runtime.processes import capacity
 from tests.support import handmade
+
+_IMPORTED = [import_module(f"partitioner.cli.actions.{name}") for name in ("export", "report", "run", "verify")]
+"""What commands import when they are called takes seconds, once."""
 
 COMMANDS = {
     "run": ["run", "--prompt", "a"],
@@ -58,7 +62,7 @@ def nothing_made(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("it was traced")
 
     monkeypatch.setattr("partitioner.compile.partition.trace", make)
-    monkeypatch.setattr("partitioner.cli.verify.trace", make)
+    monkeypatch.setattr("partitioner.cli.actions.verify.trace", make)
 
 
 def refused(arguments: list[str]) -> str:

@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import fx
 
-from partitioner.program import Entry, Input, Program, Value, Weight
+from partitioner.program.program import Entry, Input, Program, Value, Weight
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import REPLICATED, Layout, Split
 from partitioner.sharding.mesh import Mesh

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
-from partitioner.program import Program
+from partitioner.program.program import Program
 
 
 class _Interpreter(fx.Interpreter):

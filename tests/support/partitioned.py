@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from partitioner import Parts, Plan
-from partitioner.cli.compare import difference
+from partitioner.compile.compare import difference
 from partitioner.compile.partition import compile_program
 from partitioner.compile.tracing.trace import trace
 from partitioner.errors import PlanError
-from partitioner.program import Program
+from partitioner.program.program import Program
 from partitioner.proof.float64 import in_float64
 from tests.support import reference, zoo
 

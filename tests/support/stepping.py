@@ -15,7 +15,7 @@ from partitioner.capture import states_found_once
 from partitioner.compile.generation import compile_steps
 from partitioner.compile.tracing.trace import trace, trace_piece, trace_step
 from partitioner.errors import CaptureError
-from partitioner.program import Program
+from partitioner.program.program import Program
 from partitioner.proof.float64 import in_float64
 from tests.support import reference, zoo
 

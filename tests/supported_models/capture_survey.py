@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from partitioner.capture import capture
 from partitioner.errors import PartitionerError
-from partitioner.program import Program
+from partitioner.program.program import Program
 from partitioner.sharding.mesh import Mesh
 from tests.support import reference, zoo
 from tests.support.interpret import run

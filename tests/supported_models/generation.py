@@ -31,8 +31,8 @@ from partitioner.compile.partition import compile_program
 from partitioner.compile.parts import Parts
 from partitioner.compile.tracing.trace import trace_step
 from partitioner.errors import InputError, PlanError
-from partitioner.program import Program
 from partitioner.program.plan import Plan
+from partitioner.program.program import Program
 from partitioner.proof.float64 import in_float64
 from runtime.generation.generation_request import Generated
 from tests.support import reference

@@ -41,7 +41,7 @@ from typing import Any
 import torch
 
 from partitioner.analysis.report.report import Report
-from partitioner.cli.compare import difference
+from partitioner.compile.compare import difference
 from partitioner.compile.partition import compile_program
 from partitioner.compile.parts import Parts
 from partitioner.compile.tracing.trace import trace

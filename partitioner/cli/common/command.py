@@ -11,8 +11,9 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from partitioner.cli.common.options import Compile, Dp, Ep, KeepWhole, MaxLength, Passes, PlanText, Pp, Sp, Tp, Verbose
+from partitioner.cli.common.options import Dp, Ep, KeepWhole, MaxLength, Passes, PlanText, Pp, Sp, Tp, Verbose
 from partitioner.cli.common.progress import shown
+from partitioner.cli.jobs.compile import Compile
 from partitioner.errors import CommunicationError, PartitionerError
 
 __all__ = ["command"]

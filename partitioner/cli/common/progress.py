@@ -10,11 +10,14 @@ import contextlib
 import sys
 import threading
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.status import Status
 
 from partitioner.program.progress import watched
+
+if TYPE_CHECKING:
+    from rich.status import Status
 
 __all__ = ["Shown", "shown"]
 
@@ -61,6 +64,8 @@ class Shown:
             self._timer = self._status = None
 
     def _start(self) -> None:
+        from rich.status import Status  # here: most commands show nothing
+
         with self._lock:
             if self._open and self._status is None:
                 self._status = Status(self._said(), console=self.console)

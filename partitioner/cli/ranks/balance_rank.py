@@ -6,7 +6,7 @@ import json
 
 import torch
 
-from partitioner.cli.balance import TextCase
+from partitioner.cli.jobs.balance import TextCase
 from runtime.engine.engine import Engine
 from runtime.processes.launch import begin_worker, read_given, told_to_launch, write_answer
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from partitioner.cli.bench.plan import PlanCase, predicted
+from partitioner.cli.actions.bench_plan import predicted
+from partitioner.cli.jobs.bench_plan import PlanCase
 from partitioner.compile.partition import partition
 from partitioner.planning.cluster import Device, Dimension
 from partitioner.planning.kernels import Kernels
@@ -18,8 +19,9 @@ from partitioner.planning.machine.host import Host
 from partitioner.planning.summary import summarize_program
 from partitioner.program.plan import Plan
 from partitioner.sharding.mesh import Mesh
+from partitioner.storage.dtypes import dtype_named
 from partitioner.storage.example import EXAMPLE_MODEL
-from partitioner.storage.named_model import dtype_named, load_config, load_model
+from partitioner.storage.named_model import load_config, load_model
 from runtime.communication.process_groups import ProcessGroups
 from runtime.engine.engine import Engine
 from runtime.processes.launch import begin_worker, read_given, told_to_launch, write_answer

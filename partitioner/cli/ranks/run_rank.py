@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 
+from partitioner.cli.actions.run import answer
 from partitioner.cli.common.progress import shown
-from partitioner.cli.run import Question, answer
+from partitioner.cli.jobs.run import Question
 from runtime.processes.launch import read_given, told_to_launch
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from partitioner.cli.verify import CacheLoss, Case, Outcome, compiled, losses_of, outcomes_of
-from partitioner.storage.named_model import dtype_named, load_model
+from partitioner.cli.actions.verify import CacheLoss, Outcome, compiled, losses_of, outcomes_of
+from partitioner.cli.jobs.verify import Case
+from partitioner.storage.dtypes import dtype_named
+from partitioner.storage.named_model import load_model
 from runtime.engine.engine import Engine
 from runtime.kv_cache.cache_size import CacheSize
 from runtime.processes.launch import begin_worker, read_given, told_to_launch, write_answer

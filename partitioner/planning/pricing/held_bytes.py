@@ -15,7 +15,7 @@ from partitioner.planning.quantities import Memory, Workload, runs_of
 from partitioner.planning.summary import Summary
 from partitioner.program.plan import Plan
 from runtime.execution.fusion.operations import LEAST_ROWS
-from runtime.kv_cache.cache_size import require_dtype
+from runtime.kv_cache.device_memory import require_dtype
 
 __all__ = ["HeldBytes"]
 

@@ -33,12 +33,10 @@ _LAST_S = 5
 
 def bound(host: str, port: int) -> socket.socket:
     """A socket that listens there; port 0: one that is free."""
-    if not 0 <= port < 1 << 16:
-        raise InputError(f"the port must be from 0 to 65535, 0 for one that is free; got {port}")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    except (OSError, UnicodeError, ValueError) as error:  # the last two: what is no name of a host
+    except (OSError, UnicodeError, ValueError, OverflowError) as error:  # the last three: no name of a host, no port
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise InputError(f"cannot listen on {host} port {port}: {reason}") from error
 

@@ -27,14 +27,9 @@ from partitioner.storage.checkpoint.quantized_tensors import Quantized, find_qua
 from partitioner.storage.checkpoint.recording_tensor import RecordingTensor
 from partitioner.storage.checkpoint.strided_windows import Moved
 from partitioner.storage.checkpoint.weight_origins import Origins
+from partitioner.storage.hub import hub_hint
 from partitioner.storage.json_fields import read_fields
-from partitioner.storage.named_model import (
-    class_notes,
-    class_of,
-    hub_hint,
-    load_config,
-    without_grouped_mm,
-)
+from partitioner.storage.named_model import class_notes, class_of, load_config, without_grouped_mm
 from runtime.weights.safetensors_files import INDEX, SINGLE, TensorFiles
 
 __all__ = ["Checkpoint", "can_open", "open_checkpoint"]

@@ -28,6 +28,7 @@ from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.embedding import vocab_parallel_embedding
 from runtime.ops.expert_exchange import localise_experts
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear, multiplies_at_once
+from runtime.ops.state.latent_attention import latent_attention
 from runtime.program.rank_program import RankProgram
 
 __all__ = ["CapturedPieces", "Made", "Runnable", "asks_host"]
@@ -35,7 +36,7 @@ __all__ = ["CapturedPieces", "Made", "Runnable", "asks_host"]
 _log = logging.getLogger("partitioner")
 MOST, MOST_REMEMBERED = 32, 256
 """Pieces that are captured at a time, and of how many it is known how often they have come."""
-_OURS = frozenset({all_gather, all_reduce, cached_attention, last_token, vocab_parallel_embedding})
+_OURS = frozenset({all_gather, all_reduce, cached_attention, last_token, latent_attention, vocab_parallel_embedding})
 _OF_EXPERTS = frozenset({expert_combine, expert_dispatch, grouped_linear, localise_experts})
 """Of ours too, where torch multiplies the rows of all experts at once, however many each has (`grouped_linear`): in
 bfloat16, of widths in whole units of 16 bytes."""

@@ -240,7 +240,7 @@ class BatchLoop:
         if self._why_eager and program.rank == 0:
             _log.warning("decode steps run node by node, in spite of %s", self._why_eager)
         stages = 1 if program.stage is None else program.stage.count
-        limits = replace(places.limits, groups=stages)
+        limits = replace(places.limits, groups=stages, one_prompt_below=self._steps.packs_below)
         self.scheduler: Scheduler | DealtScheduler = (
             DealtScheduler(limits, self._parts, self._counts) if self._parts > 1 else Scheduler(limits, self._counts)
         )

@@ -94,9 +94,6 @@ class Scheduler:
         empty = sum(len(each.blocks) * size - each.computed for each in self._running.values())
         return self.pool.holding * size - empty
 
-    def __contains__(self, number: int) -> bool:
-        return number in self._running or any(each.number == number for each in self._waiting)
-
     def last_of(self, block: int) -> tuple[int, int]:
         """The last token that was computed of the sequence that starts in `block`, and its position; or (0, 0)."""
         for each in self._running.values():
@@ -238,7 +235,7 @@ class Scheduler:
 
     def _packed_pieces(self, prompts: list[Sequence], budget: int) -> list[Turn]:
         """As many tokens of each, in their order, as are left of the budget: none is filled up."""
-        turns: list[Turn] = []
+        turns, one = list[Turn](), sum(each.left for each in prompts) < self.limits.one_prompt_below
         for sequence in prompts:
             if sequence.row < 0 or not self._share(sequence):
                 continue  # it has lost its place to one before it; or another computes just now what it begins with
@@ -247,6 +244,8 @@ class Scheduler:
             if turn is not None:
                 turns.append(turn)
                 budget -= count
+                if one:
+                    break
         return turns
 
     def _prompt_pieces(self, prompts: list[Sequence], budget: int) -> list[Turn]:

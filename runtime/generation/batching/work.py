@@ -24,6 +24,9 @@ class Limits:
     `budget`."""
     packs: bool = False
     """Whether pieces of prompts, of any lengths, and single tokens of others run in one step."""
+    one_prompt_below: int = 0
+    """Where prompts and single tokens run in one step: of how few tokens of prompts all that could run are to be, for
+    one to run at a time. Such a step is captured, and several are sooner done than one that is not."""
     piece: int | None = None
     """The most tokens of one sequence in one step; 1: prompts run token by token, in the steps of the others."""
     alike: bool = False

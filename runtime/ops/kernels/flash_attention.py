@@ -23,7 +23,7 @@ from torch import Tensor
 from runtime.ops.kernels.merge.merge_part import merge_part
 from runtime.ops.kernels.triton_needs import is_replayed, missing_for_triton
 
-__all__ = ["can_flash", "cudnn_part", "flash_attention", "flash_rows", "pays_cudnn_part"]
+__all__ = ["can_flash", "cudnn_part", "flash_attention", "flash_behind", "flash_rows", "pays_cudnn_part"]
 
 _HALVES = (torch.float16, torch.bfloat16)
 _WIDEST, _WIDEST_OF_CUDNN = 256, 128
@@ -108,6 +108,22 @@ def cudnn_part(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -
         q, k, v, None, True, 0.0, causal, False, scale=scale
     )
     return out, lse.view(q.shape[:3])
+
+
+def flash_behind(
+    q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *, scale: float, window: int | None = None
+) -> Tensor:
+    """The same of one row, B = 1, of which the device alone knows how many of the T keys are its own: the first ones.
+
+    lengths: [2, 2] int32, 0 and S, 0 and the number of keys.
+    """
+    of_tokens = (x[0].transpose(0, 1) for x in (q, keys, values))
+    out, *_ = torch.ops.aten._flash_attention_forward(
+        *of_tokens, lengths[0], lengths[1], q.shape[2], keys.shape[2], 0.0, True, False, scale=scale,
+        window_size_left=None if window is None else window - 1, window_size_right=None if window is None else 0,
+    )  # fmt: skip
+    found: Tensor = out.transpose(0, 1)[None]
+    return found
 
 
 def flash_rows(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from partitioner import Parts, Plan
-from partitioner.cli.compare import difference
+from partitioner.compile.compare import difference
 from runtime.engine import Engine
 from tests.support import generated
 from tests.support.partitioned import EXACT, compiled_for, tokens

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from partitioner.cli.compare import difference
+from partitioner.compile.compare import difference
 from partitioner.compile.partition import compile_program
 from partitioner.compile.tracing.trace import trace
 from partitioner.program.plan import Plan

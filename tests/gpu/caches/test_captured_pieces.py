@@ -11,6 +11,7 @@ from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine import Engine
 from runtime.generation import steps
 from runtime.generation.steps import Steps
+from runtime.ops.kernels.flash_attention import flash_attention, flash_behind
 from tests.runtime.generation.batching.many_requests import Case, serve
 from tests.support import zoo
 
@@ -81,17 +82,39 @@ def test_a_captured_piece_serves_shorter_ones(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("window", [None, 100])
-def test_prompts_amid_rows_are_captured(window: int | None) -> None:
-    """Of ever other lengths, among them some of over a thousand tokens, which other kernels attend to."""
+def test_attention_behind_as_many_tokens_as_the_device_knows(window: int | None) -> None:
+    drawn = torch.Generator("cuda").manual_seed(0)
+    q = torch.randn(1, 8, 64, 64, device="cuda", dtype=torch.bfloat16, generator=drawn)
+    k, v = torch.randn(2, 1, 2, 512, 64, device="cuda", dtype=torch.bfloat16, generator=drawn)
+    for end in (64, 65, 300, 512):
+        lengths = torch.tensor([[0, 64], [0, end]], dtype=torch.int32, device="cuda")
+        found = flash_behind(q, k, v, lengths, scale=0.2, window=window)
+        expected = flash_attention(q, k[:, :, :end], v[:, :, :end], scale=0.2, window=window)
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+        other = flash_attention(q, k[:, :, : end - 1], v[:, :, : end - 1], scale=0.2, window=window)
+        assert (other - found).abs().max() > 0.05  # the control
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prefix", [0, 200])
+@pytest.mark.parametrize("window", [None, 100])
+def test_prompts_amid_rows_are_captured(window: int | None, prefix: int, dtype: torch.dtype) -> None:
+    """Of ever other lengths, among them some of over a thousand tokens, which other kernels attend to; and behind
+    tokens that the cache holds of others.
+    """
     config = MistralConfig(
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         head_dim=16, vocab_size=61, initializer_range=0.5, max_position_embeddings=4096, sliding_window=window,
     )  # fmt: skip
-    parts = partition(MistralForCausalLM(config).float().eval(), Plan())
+    parts = partition(MistralForCausalLM(config).to(dtype).eval(), Plan())
     lengths = [(5, 70, 1, 300, 33, 1100)[number % 6] + number for number in range(30)]
     options = {"max_new_tokens": 9, "eos_token_id": []}
     cases = [
-        Case([3 + (7 * number + at) % 50 for at in range(length)], options, 2 * number)
+        Case(
+            [*(4 + at % 40 for at in range(prefix)), *(3 + (7 * number + at) % 50 for at in range(length))],
+            options,
+            2 * number,
+        )
         for number, length in enumerate(lengths)
     ]
     size = CacheSize(max_batch=1, max_length=20000)
@@ -102,5 +125,6 @@ def test_prompts_amid_rows_are_captured(window: int | None) -> None:
         capture = Steps._capture
         patch.setattr(Steps, "_capture", lambda steps, run: captured.append(capture(steps, run)) or captured[-1])
         found = serve(engine, cases, size, block_size=16)
-    assert found.tokens == plain.tokens
-    assert 3 < len(captured) < 12
+    firsts = sum(found.tokens[number][0] == plain.tokens[number][0] for number in range(30))
+    assert firsts > 26 if dtype == torch.bfloat16 else found.tokens == plain.tokens  # near-ties may fall either way
+    assert 3 < len(captured) < 12 + 4 * bool(prefix)

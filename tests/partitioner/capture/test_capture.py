@@ -15,7 +15,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from partitioner.capture import capture
 from partitioner.errors import CaptureError
-from partitioner.program import Program, Value
+from partitioner.program.program import Program, Value
 from partitioner.sharding.mesh import Mesh
 from runtime.ops.attention import attention
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear

@@ -3,14 +3,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import fx
-from transformers.utils.hub import try_to_load_from_cache
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from partitioner.cli import verify
+from partitioner.cli.actions import verify
 from partitioner.cli.app import app
 from partitioner.errors import CaptureError
 from partitioner.storage import named_model
@@ -223,7 +224,7 @@ def test_a_snapshot_of_a_hub_that_is_there_is_named(tmp_path: Path, monkeypatch:
     (snapshot.parent.parent / "refs").mkdir()
     (snapshot.parent.parent / "refs" / "main").write_text("abc")
     monkeypatch.setattr(
-        named_model.hub, "try_to_load_from_cache", functools.partial(try_to_load_from_cache, cache_dir=str(tmp_path))
+        huggingface_hub, "try_to_load_from_cache", functools.partial(try_to_load_from_cache, cache_dir=str(tmp_path))
     )
     assert f"whose snapshot is in {snapshot}: give that folder" in run("report", "someone/some-model")[1]
 

@@ -10,9 +10,10 @@ import torch
 from typer.testing import CliRunner
 
 from partitioner import Plan, partition
+from partitioner.cli.actions.balance import balanced, tokens_of
 from partitioner.cli.app import app
-from partitioner.cli.balance import TextCase, balanced, text_tokens
-from partitioner.cli.common.options import Compile
+from partitioner.cli.jobs.balance import TextCase
+from partitioner.cli.jobs.compile import Compile
 from partitioner.program.balance import imbalance
 from runtime.communication.thread_communicator import ThreadGroup
 from tests.support import zoo
@@ -57,7 +58,7 @@ def test_a_text_is_counted_over_processes_and_the_plan_is_more_even(mixture: str
     assert max(imbalance(layer, owners) for layer in counts.values()) < max(
         imbalance(layer, [[0, 1, 2], [3, 4, 5]]) for layer in counts.values()
     )
-    ids = torch.tensor([text_tokens(mixture, str(text))[:30]])
+    ids = torch.tensor([tokens_of(mixture, text.read_text())[:30]])
     found_logits, whole = (partition(mixture, each).simulate(input_ids=ids) for each in (chosen, Plan()))
     assert torch.allclose(found_logits, whole, atol=1e-4)
 
@@ -66,7 +67,7 @@ def counted(folder: str) -> dict[str, list[int]]:
     """By one rank, which has all experts."""
     parts = partition(folder, Plan())
     path = Path(folder).parent / "text.txt"
-    case = TextCase(folder, tokens=text_tokens(folder, str(path)), length=40, compile=Compile(ep=2))
+    case = TextCase(folder, tokens=tokens_of(folder, path.read_text()), length=40, compile=Compile(ep=2))
     with parts.engine(0, ThreadGroup(parts.mesh).communicator(0)) as engine, engine.routing() as routing:
         for piece in case.pieces:
             engine(input_ids=torch.tensor([piece]))

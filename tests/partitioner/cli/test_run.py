@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from partitioner import Plan, partition
-from partitioner.cli import app as cli
+from partitioner.cli.actions import run as action
 from partitioner.cli.app import app
+from partitioner.cli.jobs.run import Question
 from partitioner.errors import RankLost
 from tests.support import bundle_forger as bundles
 
@@ -60,7 +61,7 @@ def test_a_lost_rank_is_one_line_and_exit_code_1(monkeypatch: pytest.MonkeyPatch
     def lose(*given: object, **options: object) -> None:
         raise RankLost("rank 1 was ended by SIGKILL")
 
-    monkeypatch.setattr(cli, "run_in_processes", lose)
+    monkeypatch.setattr(action, "run_in_processes", lose)
     _, error = run("--prompt", "a", "--tp", "2", code=1)
     assert error == "error: rank 1 was ended by SIGKILL (--simulate shows at which node)\n"
 
@@ -73,6 +74,25 @@ def test_a_chat_writes_the_answer_to_what_the_template_makes_of_the_question(cha
 def test_several_questions_are_written_with_their_answers(chatting: str) -> None:
     out, _ = run(chatting, "--chat", "--prompt", QUESTIONS[0], "--prompt", QUESTIONS[1], "--tp", "2", "--simulate")
     assert out == "".join(f"{question}\n{answer(chatting, question)}\n\n" for question in QUESTIONS)
+
+
+@pytest.mark.parametrize("more", [(), ("--tp", "2"), ("--dp", "2")])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [(("--prompt", ""), "makes no tokens of the prompt ''"), (("--prompt", "a", "--device", "no"), "got 'no'")],
+)
+def test_what_no_rank_can_do_is_refused_before_anything_is_started(
+    wrong: tuple[str, ...], message: str, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*given: object, **options: object) -> None:
+        raise AssertionError("ranks were started, or a model compiled")
+
+    for name in ("launch", "launch_replicas"):
+        monkeypatch.setattr(action, name, never)
+    monkeypatch.setattr(Question, "ranks", never)
+    assert message in run(*wrong, *more, code=2)[1]
+    with pytest.raises(AssertionError):  # negative control
+        CliRunner().invoke(app, ["run", "--prompt", "a", *more], catch_exceptions=False)
 
 
 @pytest.mark.parametrize("more", [(), ("--tp", "2")])

@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 import partitioner
 from partitioner import Plan, partition
+from partitioner.cli.actions.verify import verify
 from partitioner.cli.app import app
-from partitioner.cli.common.options import Compile
-from partitioner.cli.verify import Case, verify
+from partitioner.cli.jobs.compile import Compile
+from partitioner.cli.jobs.verify import Case
 from partitioner.errors import InputError
 from tests.support import zoo
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from partitioner.compile.tracing.trace import trace
-from partitioner.program import Program
 from partitioner.program.node_arguments import operation
+from partitioner.program.program import Program
 from tests.support import zoo
 from tests.support.interpret import run
 

@@ -11,13 +11,14 @@ from torch import Tensor, fx
 import partitioner
 from partitioner.compile.emit import Emitter
 from partitioner.compile.parts import Parts
-from partitioner.compile.run_passes import choose, run_passes
+from partitioner.compile.pass_manager.choose_passes import choose
+from partitioner.compile.pass_manager.run_passes import run_passes
 from partitioner.compile.tracing.trace import trace
 from partitioner.errors import LayoutError
-from partitioner.program import Program
 from partitioner.program.model_record import ModelRecord
 from partitioner.program.node_arguments import node_values
 from partitioner.program.plan import Plan
+from partitioner.program.program import Program
 from partitioner.program.stages import crossings, table_of
 from partitioner.proof.layouts import check
 from partitioner.sharding.mesh import Mesh

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from partitioner.compile.emit import Emitter, emit, weight_shard
 from partitioner.errors import CaptureError, LayoutError
-from partitioner.program import Entry, Input, PerRankInt, Program, Value, Weight
+from partitioner.program.program import Entry, Input, PerRankInt, Program, Value, Weight
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import Layout, Split
 from partitioner.sharding.mesh import Mesh

@@ -6,7 +6,7 @@ from torch import Tensor, fx
 
 from partitioner.compile.tracing.input_bounds import bound_inputs
 from partitioner.errors import InputError
-from partitioner.program import Input, Program, Value, Weight
+from partitioner.program.program import Input, Program, Value, Weight
 from partitioner.sharding.mesh import Mesh
 from runtime.program.rank_program import Bound
 from tests.support import handmade, partitioned, reference, zoo

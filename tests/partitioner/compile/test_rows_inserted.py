@@ -10,7 +10,7 @@ from torch import fx
 from partitioner.compile.insert_collectives import Rewriter
 from partitioner.compile.parts import Parts
 from partitioner.errors import LayoutError
-from partitioner.program import Program, Value
+from partitioner.program.program import Program, Value
 from partitioner.proof.layouts import check
 from partitioner.sharding.layout import REPLICATED, Layout, Rows
 from partitioner.sharding.mesh import Mesh

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from partitioner import Plan, PlanError, partition
 from partitioner.compile.partition import compile_program
-from partitioner.compile.run_passes import choose
+from partitioner.compile.pass_manager.choose_passes import choose
 from tests.support import partitioned
 from tests.support.plugins import fake
 
@@ -158,7 +158,7 @@ RUNS = """
         ("node.op, node.target = 'call_method', 'relu'; return program", "is a call_method: calls are call_function"),
         ("node.append(node.all_input_nodes[0]); return program", "torch.fx finds the graph broken"),
         (
-            "from partitioner.program import PerRankInt; node.kwargs = {'start': PerRankInt('lost')}; return program",
+            "from partitioner.program import program as p; node.kwargs = {'at': p.PerRankInt('lost')}; return program",
             "names the integer 'lost', of which program.table has no row",
         ),
     ],

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from partitioner.cli.app import app
-from partitioner.cli.bench.plan import PlanCase
+from partitioner.cli.jobs.bench_plan import PlanCase
 from partitioner.errors import InputError
 from partitioner.planning.machine.calibrate import window_seconds
 from partitioner.planning.machine.host import Host

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from partitioner import Plan
-from partitioner.compile.pass_order import check_plan
+from partitioner.compile.pass_manager.pass_order import check_plan
 from partitioner.errors import PlanError
 
 NAMES = st.from_regex(r"[a-z][a-z0-9]{0,6}(-[a-z0-9]{1,4})?", fullmatch=True).filter(

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from partitioner.compile.emit import emit
-from partitioner.program import Value
+from partitioner.program.program import Value
 from partitioner.program.torch_calls import FUNCTIONS, METHODS, lower
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import REPLICATED, Layout, Split

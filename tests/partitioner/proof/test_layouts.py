@@ -9,9 +9,9 @@ import pytest
 from torch import fx
 
 from partitioner import Parts
-from partitioner.cli.compare import difference
+from partitioner.compile.compare import difference
 from partitioner.errors import CommunicationError, LayoutError
-from partitioner.program import Entry, Program
+from partitioner.program.program import Entry, Program
 from partitioner.proof.layouts import check
 from partitioner.sharding.index_set import IndexSet
 from runtime.ops.attention import attention

@@ -6,7 +6,7 @@ from torch import fx
 
 from partitioner.capture import capture_piece
 from partitioner.compile.tracing.canonicalize import canonicalize
-from partitioner.program import Program
+from partitioner.program.program import Program
 from partitioner.proof import recurrences
 from partitioner.proof.recurrences import why_pieces_differ
 from partitioner.proof.regions import regions_of

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from partitioner.errors import LayoutError
-from partitioner.program import Program, Value
+from partitioner.program.program import Program, Value
 from partitioner.proof.rows import check_rows
 from partitioner.sharding.mesh import Mesh
 from runtime.ops.cached_attention import cached_attention

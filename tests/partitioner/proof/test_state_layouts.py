@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from partitioner.errors import LayoutError
-from partitioner.program import Program
 from partitioner.program.plan import Plan
+from partitioner.program.program import Program
 from partitioner.proof.layouts import check
 from partitioner.sharding.layout import REPLICATED
 from partitioner.sharding.mesh import Mesh

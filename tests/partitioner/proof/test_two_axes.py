@@ -9,9 +9,10 @@ from torch import fx
 from partitioner.analysis.layouts.propagate_layouts import place
 from partitioner.compile.emit import Emitter
 from partitioner.compile.parts import Parts
-from partitioner.compile.run_passes import choose, run_passes
+from partitioner.compile.pass_manager.choose_passes import choose
+from partitioner.compile.pass_manager.run_passes import run_passes
 from partitioner.errors import LayoutError
-from partitioner.program import Entry, PerRankInt, Program, Value
+from partitioner.program.program import Entry, PerRankInt, Program, Value
 from partitioner.proof.layouts import check
 from partitioner.sharding.layout import REPLICATED, Layout, Split, points
 from partitioner.sharding.mesh import Mesh

@@ -16,8 +16,7 @@ from partitioner import Parts, Plan
 from partitioner.compile.partition import compile_program
 from partitioner.compile.tracing.trace import trace
 from partitioner.errors import LayoutError
-from partitioner.program import Program
-from partitioner.program.program import State
+from partitioner.program.program import Program, State
 from partitioner.proof.float64 import in_float64
 from partitioner.proof.layouts import check
 from partitioner.proof.rows import check_rows

@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from partitioner import Plan
-from partitioner.cli.compare import difference
+from partitioner.compile.compare import difference
 from partitioner.compile.partition import compile_program
 from partitioner.compile.tracing.trace import trace
 from partitioner.errors import LayoutError, PlanError
-from partitioner.program import Program
 from partitioner.program.balance import deal
-from partitioner.program.program import PerRankInt
+from partitioner.program.program import PerRankInt, Program
 from partitioner.proof.float64 import in_float64
 from partitioner.proof.layouts import check
 from partitioner.sharding.layout import Split

@@ -13,7 +13,7 @@ from torch import Tensor
 from partitioner import Plan
 from partitioner.compile.partition import compile_program
 from partitioner.errors import LayoutError, SamplingError
-from partitioner.program import Program
+from partitioner.program.program import Program
 from partitioner.proof.layouts import check
 from partitioner.proof.meetings import events_of
 from passes.overlap import Overlap

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from partitioner import CacheSize
-from partitioner.cli.common.options import Compile
-from partitioner.cli.verify import Case, cache_losses
+from partitioner.cli.actions.verify import cache_losses
+from partitioner.cli.jobs.compile import Compile
+from partitioner.cli.jobs.verify import Case
 from partitioner.errors import InputError
 from partitioner.storage.example import EXAMPLE_MODEL
 from runtime.communication.thread_communicator import ThreadGroup

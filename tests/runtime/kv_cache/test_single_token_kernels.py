@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from partitioner import CacheSize
+from partitioner import CacheSize, Plan, partition
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.execution.executable import Executable
 from runtime.execution.fusion.operations import rotated
@@ -29,6 +29,7 @@ from runtime.ops.kernels.float8_rows import from_float8, to_float8
 from tests.runtime.generation.batching import many_requests
 from tests.runtime.generation.batching.many_requests import Case, assert_as_alone, mixed, on_all_ranks
 from tests.runtime.generation.replayed import capturing_prompts, decoding
+from tests.support import zoo
 from tests.support.generated import prompts
 from tests.support.partitioned import EXACT, compiled, compiled_for
 
@@ -222,6 +223,61 @@ def test_prompts_amid_rows_are_captured(
             assert_as_alone(cases, on_all_ranks(parts, cases, size), alone)
 
 
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        ("llama", "tp=1"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("mistral", "tp=1"), ("deepseek_v3", "tp=1"), ("llama", STAGES), ("gemma3_text", "tp=1"))
+        ),
+    ],
+)
+def test_prompts_behind_a_prefix_are_captured(
+    name: str, plan: str, counts: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the cache holds of a prompt already differs from one to the next; one capture serves several."""
+    size = CacheSize(max_batch=6, max_length=48)
+    if name == "deepseek_v3":  # latents; its experts ask the host in float64
+        whole = parts = partition(zoo.tiny(name, first_k_dense_replace=9)[0], Plan())
+    else:
+        whole, parts = compiled(name, 1), compiled_for(name, plan)
+    prefix = [3 + at % 50 for at in range(24)]
+    cases = [
+        Case([*prefix[: 4 + 3 * n % 21], *(60 + n + at for at in range(2 + 5 * n % 9))], {"max_new_tokens": 3,
+             "eos_token_id": [], "logprobs": True}, 3 * n) for n in range(18)
+    ]  # fmt: skip
+    alone = many_requests.alone(whole, cases)
+    by_kernels(monkeypatch)
+    monkeypatch.setattr(packed_pieces, "_LEAST", 4)
+    monkeypatch.setattr(packed_pieces, "_LEAST_PAST", 8)
+    rooms: Counter[int] = Counter()
+    varying = PackedPieces._varying
+
+    def counted(pieces: PackedPieces, piece: Any, table: Any, room: packed_pieces.Room) -> list[Tensor]:
+        rooms[room.past] += 1
+        return varying(pieces, piece, table, room)
+
+    with capturing_prompts() as graphs:
+        monkeypatch.setattr(PackedPieces, "_varying", counted)
+        assert_as_alone(cases, on_all_ranks(parts, cases, size), alone)
+        assert sum(count for past, count in rooms.items() if past) > 5
+        assert sum(graph.count for graph in graphs) > 4
+        if name == "llama":  # where windows hide what lies far back, it may go unseen
+            monkeypatch.setattr(PackedPieces, "_varying", _in_blocks_of_nobody)
+            with pytest.raises(AssertionError):
+                assert_as_alone(cases, on_all_ranks(parts, cases, size), alone)
+
+
+def _in_blocks_of_nobody(
+    pieces: PackedPieces, piece: Any, table: Any, room: Any, of: Any = PackedPieces._varying
+) -> Any:
+    found = of(pieces, piece, table, room)
+    if room.past:
+        found[4] = torch.full_like(found[4], pieces._cache.blocks)
+    return found
+
+
 def _in_the_first_block(pieces: PackedPieces, *given: Any, of: Any = PackedPieces._varying) -> list[Tensor]:
-    *others, lie = of(pieces, *given)
-    return [*others, lie % pieces._cache.block_size]
+    found: list[Tensor] = of(pieces, *given)
+    return [*found[:3], found[3] % pieces._cache.block_size, *found[4:]]

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING
 
-from partitioner.cli.compare import difference
+from partitioner.compile.compare import difference
 from partitioner.compile.partition import compile_program
 from partitioner.compile.tracing.trace import trace_step
 from partitioner.errors import CaptureError, InputError, PlanError
-from partitioner.program import Program
 from partitioner.program.plan import Plan
+from partitioner.program.program import Program
 from partitioner.proof.float64 import in_float64
 from runtime.ops.experts import expert_dispatch
 from tests.support import reference

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from partitioner.program import Program
+from partitioner.program.program import Program
 
 __all__ = ["difference"]
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from partitioner.cli.compare import difference
+from partitioner.compile.compare import difference
 from partitioner.compile.partition import compile_program
 from partitioner.errors import InputError, PlanError
-from partitioner.program import Program
 from partitioner.program.plan import Plan
+from partitioner.program.program import Program
 from tests.support import reference
 
 __all__ = ["LENGTHS", "compare_sequences"]

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from partitioner.cli.compare import difference
+from partitioner.compile.compare import difference
 from partitioner.compile.partition import compile_program
 from partitioner.compile.tracing.trace import trace_step
 from partitioner.errors import InputError, PlanError
-from partitioner.program import Program
 from partitioner.program.plan import Plan
+from partitioner.program.program import Program
 from partitioner.proof.float64 import in_float64
 from tests.support import reference
 from tests.supported_models.generation import MODEL_IS_WRONG, NEW, PREFILL_STEP, PROMPTS, Own, generate, prompts_for

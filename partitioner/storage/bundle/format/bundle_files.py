@@ -19,6 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from partitioner.errors import BundleError
+from partitioner.storage.recognise import require_new
 
 __all__ = ["NAME", "Folder", "digest_of", "read_within", "writing"]
 
@@ -36,8 +37,7 @@ def writing(target: Path) -> Iterator[Path]:
     """A folder to write to, which becomes `target` when all has gone well, and vanishes when not."""
     partial = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
-        if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-            raise BundleError(f"{target} exists and is not an empty folder: name another one, or remove it first")
+        require_new(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
         yield partial

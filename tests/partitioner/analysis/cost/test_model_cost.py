@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from partitioner import Plan
 from partitioner.analysis.cost.program_cost import ProgramCost, program_cost
 from partitioner.compile.generation import compile_steps
-from partitioner.program import Program
+from partitioner.program.program import Program
 from tests.support import partitioned, stepping, zoo
 
 BATCH, LENGTH = 2, 7

@@ -12,7 +12,7 @@ from partitioner.analysis.cost.node_cost import NodeCost, node_costs
 from partitioner.analysis.cost.products import pairs_seen
 from partitioner.analysis.cost.program_cost import program_cost
 from partitioner.errors import InputError
-from partitioner.program import Entry, Program, Value
+from partitioner.program.program import Entry, Program, Value
 from partitioner.program.stages import StageTable
 from partitioner.sharding.layout import Layout, Rows, Split
 from partitioner.sharding.mesh import Mesh

@@ -9,7 +9,7 @@ from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from partitioner.analysis.cost.node_cost import NodeCost, node_costs
-from partitioner.program import Program, Value
+from partitioner.program.program import Program, Value
 from partitioner.sharding.mesh import Mesh
 from runtime.ops.experts import grouped_linear
 from tests.support.handmade import BATCH, SEQUENCE

@@ -11,7 +11,7 @@ from torch import fx
 from partitioner.analysis.layouts.infer_layout import Inference, disjoint, infer_compute
 from partitioner.analysis.layouts.infer_move import infer_move
 from partitioner.errors import LayoutError
-from partitioner.program import Program, Value
+from partitioner.program.program import Program, Value
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import REPLICATED, Layout, Split
 from partitioner.sharding.mesh import Mesh

@@ -23,9 +23,10 @@ from partitioner.analysis.report.page.layer_kinds import layer_kinds
 from partitioner.analysis.report.page.render import SECTIONS, as_json, render
 from partitioner.analysis.report.page.tables import tables
 from partitioner.analysis.report.page.traffic import traffic
+from partitioner.cli.actions.report import page_of
 from partitioner.cli.app import app
-from partitioner.cli.report import page_of
 from partitioner.errors import InputError
+from partitioner.planning.cluster import Cluster
 from tests.support import stepping
 from tests.support.partitioned import compiled
 
@@ -83,7 +84,7 @@ def contents() -> dict[str, Any]:
     """Of 16 ranks: two replicas of two stages of four ranks, by which tensors and experts are divided."""
     plan = Plan(dp=2, pp=2, tp=4, ep=4)
     parts = compiled("mixtral", 4, dp=2, pp=2, ep=4)
-    return page_of(parts, plan, WORK, gpus="2x8xH100")
+    return page_of(parts, plan, WORK, cluster=Cluster.parse("2x8xH100"))
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +287,7 @@ def test_without_a_cluster_there_is_a_mesh(contents: dict[str, Any]) -> None:
 
 
 def test_a_model_that_cannot_generate_has_a_page() -> None:
-    found = page_of(compiled("roberta", 2), Plan(tp=2), WORK, gpus="2xH100")
+    found = page_of(compiled("roberta", 2), Plan(tp=2), WORK, cluster=Cluster.parse("2xH100"))
     assert [each["entry"] for each in found["communication"]] == ["text"]
     assert any("no page of generation" in note for note in found["notes"])
     assert "Times are not predicted" in Page(render(found, version="0")).text
@@ -295,7 +296,7 @@ def test_a_model_that_cannot_generate_has_a_page() -> None:
 
 def test_too_few_devices_are_refused() -> None:
     with pytest.raises(InputError, match="1 devices have no room for 2 ranks"):
-        page_of(compiled("gemma2", 2), Plan(tp=2), WORK, gpus="1xH100")
+        page_of(compiled("gemma2", 2), Plan(tp=2), WORK, cluster=Cluster.parse("1xH100"))
 
 
 def test_a_page_of_thousands_of_ranks_stays_small(contents: dict[str, Any]) -> None:

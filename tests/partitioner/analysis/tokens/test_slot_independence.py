@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from partitioner.analysis.tokens.slot_independence import why_slots_matter
-from partitioner.program import Input, Program, Value
+from partitioner.program.program import Input, Program, Value
 from partitioner.sharding.mesh import Mesh
 from runtime.ops.state import cache_append, position_mask
 

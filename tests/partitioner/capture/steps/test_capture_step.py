@@ -8,7 +8,7 @@ import partitioner.capture.steps.capture_step as capturing
 from partitioner.capture import capture_piece, capture_step, states_found_once
 from partitioner.capture.steps.kept_elsewhere import Attributes
 from partitioner.errors import CaptureError
-from partitioner.program import Program
+from partitioner.program.program import Program
 from partitioner.sharding.mesh import Mesh
 from runtime.ops.attention import attention
 from runtime.ops.state import cache_append, position_mask, rows_at, selective_scan, state_read, state_write

@@ -15,7 +15,7 @@ import torch
 from partitioner import CaptureError, Plan, WeightError, partition
 from partitioner.compile.partition import compile_program
 from partitioner.compile.tracing.trace import trace
-from partitioner.program import Program
+from partitioner.program.program import Program
 from partitioner.proof.float64 import in_float64
 from runtime.engine.simulator import Simulator
 from runtime.program.rank_program import RankProgram

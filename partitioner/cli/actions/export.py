@@ -6,7 +6,7 @@ import contextlib
 import time
 from pathlib import Path
 
-from partitioner.cli.common.options import Compile
+from partitioner.cli.jobs.compile import Compile
 from partitioner.storage.bundle.bundle import load
 from partitioner.storage.bundle.save import has_tokenizer
 from partitioner.storage.recognise import is_bundle

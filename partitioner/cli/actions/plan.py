@@ -1,118 +1,78 @@
-"""The commands that ask before anything runs: plan, fit, and cluster.
+"""What `partitioner plan` and `partitioner fit` do: plans for a model on a cluster, in tables or as JSON.
 
-partitioner plan MODEL --gpus 8xH100 --prompt 4096 --new 512 --batch 32 --for throughput
-partitioner fit MODEL --gpus 8xH100       exit code 0 fits, 1 does not, 2 invalid arguments
-partitioner cluster show 32x8xH100        the cluster as YAML, to edit
-partitioner cluster detect                this machine, measured
-partitioner cluster import topology.xml   NCCL's, Slurm's or AIConfigurator's, to edit
+plan(model, cluster, workload, held, ...)     True where one fits
+fit([model, ...], cluster, workload, ...)     True where all do
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import torch
-import typer
-from rich.console import Console
 from rich.table import Table
 
-from partitioner.cli.common.command import command
-from partitioner.cli.common.options import CacheDtype, Dtype, Model
 from partitioner.cli.common.tables import print_table, say
 from partitioner.errors import InputError
 from partitioner.planning.cluster import Cluster
 from partitioner.planning.explain import as_data, cards_for_weights, held_text, interval, reason, served_text, sureness
-from partitioner.planning.importers.read_file import import_cluster
-from partitioner.planning.machine.detect import detect
 from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.pricing.stored_format import StoredFormat
 from partitioner.planning.quantities import Price, Workload
 from partitioner.planning.released import released_bytes
-from partitioner.planning.search import GOALS, Choice, broken_limits, search
+from partitioner.planning.search import Choice, broken_limits, search
 from partitioner.planning.summary import summarize
-from partitioner.program.plan import WEIGHTS
 from partitioner.storage.checkpoint.open_checkpoint import can_open, open_checkpoint
 from partitioner.storage.checkpoint.quantized_tensors import quantization_fields
+from partitioner.storage.dtypes import dtype_asked
 from partitioner.storage.hub import fetched
-from partitioner.storage.named_model import dtype_named, load_config, load_model
-from runtime.kv_cache.cache_size import require_dtype
+from partitioner.storage.named_model import load_config, load_model
 
-__all__ = ["register"]
-
-Gpus = Annotated[str, typer.Option("--gpus", help="the cluster: 8xH100, 32x8xH100, or a .yaml file")]
-Weights = Annotated[
-    str,
-    typer.Option(help="weights of a quantised checkpoint: expanded, or stored as in its files (--plan weights=stored)"),
-]
-Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+__all__ = ["Held", "fit", "plan"]
 
 
-def register(app: typer.Typer) -> None:
-    command(app, "plan")(plan_command)
-    command(app, "fit")(fit_command)
-    command(app, "cluster")(cluster_command)
+@dataclass(frozen=True)
+class Held:
+    """How ranks hold the model. dtype: None for its own. cache_dtype: as in `CacheSize`. stored: weights of a quantised
+    checkpoint as in its files.
+    """
+
+    dtype: str | None = None
+    cache_dtype: str | None = None
+    stored: bool = False
 
 
-def plan_command(
-    model: Model,
-    gpus: Gpus,
-    prompt: Annotated[int, typer.Option(help="tokens per prompt")] = 1024,
-    new: Annotated[int, typer.Option(help="new tokens per prompt")] = 256,
-    batch: Annotated[int, typer.Option(help="requests at the same time, over the whole cluster")] = 1,
-    goal: Annotated[str, typer.Option("--for", help="goal: latency, throughput or context")] = "latency",
-    ttft: Annotated[float | None, typer.Option(help="limit: seconds to the first token")] = None,
-    tpot: Annotated[float | None, typer.Option(help="limit: seconds between two tokens")] = None,
-    top: Annotated[int, typer.Option(min=1, help="how many plans to print")] = 8,
-    weights: Weights = "expanded",
-    dtype: Dtype = None,
-    cache_dtype: CacheDtype = None,
-    as_json: Json = False,
-) -> None:
-    """Rank plans for a model on a cluster by predicted times. Needs no weights and runs nothing on the cluster."""
-    cluster, workload = Cluster.parse(gpus), Workload(prompt, new, batch, ttft, tpot)
-    _require(goal, weights, cache_dtype)
-    fields = _stored(model, weights)
-    if weights == "stored" and fields is None:
+def plan(model: str, cluster: Cluster, workload: Workload, held: Held, *, goal: str, top: int, as_json: bool) -> bool:
+    """Prints the best `top` plans, and why others are refused."""
+    fields = _stored(model) if held.stored else None
+    if held.stored and fields is None:
         raise InputError(
             f"{model} has no quantization_config: nothing of it is stored in fewer bits; leave --weights out"
         )
-    summary = summarize(_model(model, dtype))
+    summary = summarize(_model(model, held.dtype))
     stored = None if fields is None else StoredFormat.released(summary.dtype, fields)
-    choice = search(summary, cluster, workload, goal=goal, stored=stored, cache_dtype=cache_dtype)
+    kept: dict[str, Any] = {"stored": stored, "cache_dtype": held.cache_dtype}
+    choice = search(summary, cluster, workload, goal=goal, **kept)
     if as_json:
-        data = as_data(choice, cluster, summary, most=top, stored=stored, cache_dtype=cache_dtype)
-        print(json.dumps(data, indent=1))
+        print(json.dumps(as_data(choice, cluster, summary, most=top, **kept), indent=1))
     else:
-        _print_choice(choice, Pricer(summary, cluster, stored=stored, cache_dtype=cache_dtype), top)
-    if not choice.ranked:
-        raise typer.Exit(1)
+        _print_choice(choice, Pricer(summary, cluster, **kept), top)
+    return bool(choice.ranked)
 
 
-def fit_command(
-    models: Annotated[list[str], typer.Argument(help="checkpoint folders, config:FILE.json or model types")],
-    gpus: Gpus,
-    prompt: Annotated[int, typer.Option(help="tokens per prompt")] = 4096,
-    new: Annotated[int, typer.Option(help="new tokens per prompt")] = 512,
-    batch: Annotated[int, typer.Option(help="requests at the same time")] = 1,
-    weights_only: Annotated[bool, typer.Option("--weights-only", help="count cards, without tracing")] = False,
-    weights: Weights = "expanded",
-    dtype: Dtype = None,
-    cache_dtype: CacheDtype = None,
-    as_json: Json = False,
-) -> None:
-    """Say whether models fit on a cluster, and how. Exit code 0 if all do, 1 if one does not."""
-    cluster, workload = Cluster.parse(gpus), Workload(prompt, new, batch)
-    _require("throughput", weights, cache_dtype)
-    formats = [_stored(name, weights) for name in models]
-    if weights == "stored" and not any(formats):
+def fit(
+    models: Sequence[str], cluster: Cluster, workload: Workload, held: Held, *, weights_only: bool, as_json: bool
+) -> bool:
+    """Prints of each whether it fits. weights_only: its weights alone, without tracing."""
+    formats = [_stored(name) if held.stored else None for name in models]
+    if held.stored and not any(formats):
         raise InputError(
             f"{', '.join(models)}: no quantization_config, so nothing is stored in fewer bits; leave --weights out"
         )
     told = [
-        _fit(name, dtype, cluster, workload, weights_only, fields, cache_dtype)
+        _fit(name, cluster, workload, held, fields, weights_only=weights_only)
         for name, fields in zip(models, formats, strict=True)
     ]
     if as_json:
@@ -124,76 +84,32 @@ def fit_command(
         for each in told:
             if each.get("why"):
                 say(f"{each['model']}: {each['why']}")
-    if not all(each["fits"] for each in told):
-        raise typer.Exit(1)
-
-
-def cluster_command(
-    action: Annotated[str, typer.Argument(help="show, detect, or import")],
-    what: Annotated[
-        str | None,
-        typer.Argument(
-            help="for show: 8xH100, 32x8xH100, or a .yaml file; for import: NCCL's topology XML, Slurm's "
-            "topology.yaml, or a system of aiconfigurator-core"
-        ),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="for import: the device or host, if the file does not say it: H100, 8xH100")
-    ] = None,
-    hosts: Annotated[int | None, typer.Option(help="for import: how many hosts like the one of the file")] = None,
-    topology: Annotated[
-        str,
-        typer.Option(help="for import: which topology of Slurm's file; by default the one that it marks as default"),
-    ] = "",
-    out: Annotated[str | None, typer.Option("--out", "-o", help="write it to this file")] = None,
-) -> None:
-    """Print a cluster as YAML: a preset, this machine (measured in some seconds), or a file of another tool."""
-    if action not in ("show", "detect", "import") or (action != "detect") != (what is not None):
-        raise InputError("write partitioner cluster show 8xH100, cluster detect, or cluster import FILE")
-    if action != "import" and (device is not None or hosts is not None or topology):
-        raise InputError(f"--device, --hosts and --topology are for cluster import; cluster {action} takes none")
-    if action == "import":
-        found = import_cluster(Path(str(what)), device=device, hosts=hosts, topology=topology)
-    else:
-        found = Cluster.parse(what) if what is not None else detect()
-    text = found.to_yaml()
-    if out is not None:
-        Path(out).write_text(text, encoding="utf-8")
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    return all(each["fits"] for each in told)
 
 
 def _model(name: str, dtype: str | None) -> Any:
-    kind: torch.dtype | None = None if dtype in (None, "auto") else dtype_named(str(dtype))
-    name = fetched(name)
+    kind, name = dtype_asked(dtype), fetched(name)
     if can_open(name):
         return open_checkpoint(name, dtype=kind, mapped=False).model
     return load_model(name, dtype=kind, meta=True)
 
 
-def _require(goal: str, weights: str, cache_dtype: str | None) -> None:
-    """Before a model is traced, which takes a minute."""
-    if goal not in GOALS:
-        raise InputError(f"--for is one of {', '.join(GOALS)}; got {goal!r}")
-    if weights not in WEIGHTS:
-        raise InputError(f"--weights is one of {', '.join(WEIGHTS)}; got {weights!r}")
-    require_dtype(cache_dtype)
-
-
-def _stored(name: str, weights: str) -> Mapping[str, Any] | None:
-    """The quantization_config of what ranks hold as stored; None: they hold it expanded, or it has none."""
-    return None if weights == "expanded" else quantization_fields(load_config(fetched(name)).to_dict())
+def _stored(name: str) -> Mapping[str, Any] | None:
+    """Its quantization_config; None: it has none."""
+    return quantization_fields(load_config(fetched(name)).to_dict())
 
 
 def _fit(
     name: str,
-    dtype: str | None,
     cluster: Cluster,
     workload: Workload,
-    weights_only: bool,
+    held: Held,
     stored: Mapping[str, Any] | None,
-    cache_dtype: str | None,
+    *,
+    weights_only: bool,
 ) -> dict[str, Any]:
-    model = _model(name, dtype)
+    """stored: the quantization_config of what ranks hold as stored; None: they hold it expanded, or it has none."""
+    model = _model(name, held.dtype)
     kind = cluster.weakest
     own = {id(p): p.numel() * p.element_size() for p in model.parameters()}
     num_bytes = sum(own.values())
@@ -205,7 +121,7 @@ def _fit(
         "cards_for_weights_of_one_byte": cards_for_weights(halved, kind.usable_bytes),
         "usable_bytes_of_a_card": kind.usable_bytes,
     }
-    released = quantization_fields(load_config(fetched(name)).to_dict())
+    released = _stored(name)
     if released is not None:
         told["released_bytes"] = round(released_bytes(model, released))
         told["cards_as_released"] = cards_for_weights(told["released_bytes"], kind.usable_bytes)
@@ -214,8 +130,10 @@ def _fit(
         fits = told["cards_for_weights"] <= cluster.size
         return {**told, "fits": fits if stored is None else told["fits_as_released"]}
     summary = summarize(model)
-    held = None if stored is None else StoredFormat.released(summary.dtype, stored)
-    kept: dict[str, Any] = {"stored": held, "cache_dtype": cache_dtype}
+    kept: dict[str, Any] = {
+        "stored": None if stored is None else StoredFormat.released(summary.dtype, stored),
+        "cache_dtype": held.cache_dtype,
+    }
     pricer = Pricer(summary, cluster, **kept)
     choice = search(summary, cluster, workload, goal="throughput", frontier=False, **kept)
     cache = sum(pricer.memory(each.plan, workload, each.layers).cache for each in choice.ranked[:1])

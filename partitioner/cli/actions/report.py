@@ -22,7 +22,7 @@ from partitioner.planning.summary import summarize_program
 from partitioner.program.plan import Plan
 from partitioner.sharding.mesh import Mesh
 
-__all__ = ["page_of", "schedule", "write_page"]
+__all__ = ["page_of", "require_room", "schedule", "write_page"]
 
 _PLANS = 8
 
@@ -41,14 +41,13 @@ def schedule(parts: Parts[Any], *, microbatches: int, out: str | None) -> str:
 
 
 def page_of(
-    parts: Parts[Report], plan: Plan, work: Work, *, gpus: str | None = None, goal: str = "latency"
+    parts: Parts[Report], plan: Plan, work: Work, *, cluster: Cluster | None = None, goal: str = "latency"
 ) -> dict[str, Any]:
-    """All that the page says of a plan; `gpus`: a cluster, by which it also has places and times."""
+    """All that the page says of a plan; `cluster`: it also has places and times there."""
     notes: tuple[str, ...] = ()
     generation: GenerationReport | None = None
     cache: list[int] = []
     programs = {"text": parts.program}
-    cluster = Cluster.parse(gpus) if gpus is not None else None
     workload = Workload(work.prompt, work.new, work.batch)
     try:
         generation = parts.generation_report
@@ -74,10 +73,15 @@ def write_page(page: dict[str, Any], out: str) -> None:
     Path(out).write_text(render(page, version=__version__), encoding="utf-8")
 
 
-def _placement(cluster: Cluster, mesh: Mesh) -> Placement:
-    """mesh: of all replicas; the groups of the first one's programs stand for those of all."""
+def require_room(cluster: Cluster, mesh: Mesh) -> None:
+    """mesh: of all replicas."""
     if mesh.world_size > cluster.size:
         raise InputError(f"--gpus {cluster.name}: {cluster.size} devices have no room for {mesh.world_size} ranks")
+
+
+def _placement(cluster: Cluster, mesh: Mesh) -> Placement:
+    """mesh: of all replicas; the groups of the first one's programs stand for those of all."""
+    require_room(cluster, mesh)
     names = [dimension.name for dimension in cluster.dimensions]
 
     def link_of(ranks: Any) -> str:

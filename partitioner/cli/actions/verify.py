@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,23 +21,23 @@ import torch
 from torch import Tensor
 
 from partitioner.analysis.report.report import Report
-from partitioner.cli.common.options import Compile, Job
-from partitioner.cli.compare import Divergence, difference, first_divergence, tolerance
+from partitioner.cli.jobs.compile import Compile
+from partitioner.cli.jobs.verify import Case
+from partitioner.compile.compare import Divergence, difference, first_divergence, tolerance
 from partitioner.compile.partition import compile_program
 from partitioner.compile.parts import Parts
 from partitioner.compile.tracing.trace import trace
-from partitioner.errors import CaptureError, InputError, WeightError
+from partitioner.errors import InputError, WeightError
 from partitioner.proof.float64 import ExactArithmetic, in_float64
-from partitioner.storage.named_model import dtype_named, load_config, load_model
-from runtime.kv_cache.cache_size import CacheSize, require_dtype
+from partitioner.storage.dtypes import dtype_named
+from partitioner.storage.named_model import load_config, load_model
+from runtime.kv_cache.cache_size import CacheSize
 from runtime.processes.capacity import require_threads
-from runtime.processes.choose_device import choose_device
 from runtime.processes.launch import launch
 from runtime.processes.place import Place
 
 __all__ = [
     "CacheLoss",
-    "Case",
     "Outcome",
     "cache_losses",
     "cache_losses_in_processes",
@@ -45,7 +45,6 @@ __all__ = [
     "explain",
     "losses_of",
     "outcomes_of",
-    "parse_lengths",
     "verify",
     "verify_in_processes",
 ]
@@ -53,36 +52,6 @@ __all__ = [
 _BATCH = 2
 _NO_RESULT = -1.0
 """The error on a rank whose stage is not the last: the last one's ranks have what is compared."""
-LARGEST_SEED = 2**32 - 1
-
-
-@dataclass(frozen=True)
-class Case(Job):
-    """What to verify: MODEL as in `named_model`, and at which lengths and precisions."""
-
-    dtypes: tuple[str, ...] = ("float64", "float32")
-    lengths: tuple[int, ...] = (1, 5, 40)
-    seed: int = 0
-    device: str = "cpu"
-    """Of the ranks, as in `runtime.processes.choose_device`; the original runs on cpu."""
-    cache_dtype: str | None = None
-    """Of a cache whose loss is measured, as in `CacheSize`; None: none is."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.seed <= LARGEST_SEED:
-            raise InputError(f"the seed must be a whole number from 0 to {LARGEST_SEED}, got {self.seed}")
-        super().__post_init__()
-        require_dtype(self.cache_dtype)
-        if self.plan.weights != "expanded":
-            raise InputError(
-                f"verify compares with transformers' own model, whose weights are expanded; the plan has weights="
-                f"{self.plan.weights}: leave it out (on a CPU, stored weights give the same numbers)"
-            )
-        self.placed  # noqa: B018 - checks the device
-
-    @property
-    def placed(self) -> torch.device:
-        return choose_device(self.device, num_ranks=self.plan.mesh.world_size)
 
 
 @dataclass(frozen=True)
@@ -221,14 +190,3 @@ def _input_ids(case: Case, model: Any, length: int) -> Tensor:
     # the first few are special tokens, which some models treat as padding
     lowest = min(3, vocabulary - 1)
     return torch.randint(lowest, vocabulary, (_BATCH, length), generator=generator)
-
-
-def parse_lengths(text: str) -> tuple[int, ...]:
-    """Numbers with commas between, as on the command line."""
-    try:
-        lengths: Sequence[int] = [int(part) for part in text.split(",")]
-    except ValueError:
-        lengths = []
-    if not lengths or min(lengths) < 1:
-        raise CaptureError(f"--lengths must be whole numbers of at least 1, separated by commas, got {text!r}")
-    return tuple(lengths)

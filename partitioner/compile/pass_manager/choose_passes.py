@@ -1,11 +1,10 @@
-"""Passes by name, ours and anyone's, and running them so that a broken one is named.
+"""Passes by name, ours and anyone's.
 
     [project.entry-points."partitioner.passes"]
     probe = "package.module:Probe"                 a frozen dataclass whose `name` is "probe", with `run(program)`
 
 A name belongs to one distribution: where two declare it, or one declares a built-in's, which is meant is not guessed.
-After each pass the program is looked over and its layouts are inferred anew; what one of ours raises is raised as it
-is, what comes of another's is a `PlanError` that says whose.
+A pass is imported when it is chosen, and nothing else is that needs torch: a plan without passes is checked at once.
 """
 
 from __future__ import annotations
@@ -15,20 +14,15 @@ import difflib
 import functools
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import Distribution, EntryPoint, entry_points
 from typing import Any
 
-from partitioner.compile.validate_graph import fault
 from partitioner.errors import PlanError
 from partitioner.program.plan import Pass, Plan
-from partitioner.program.program import Program
-from partitioner.program.progress import timed
-from partitioner.proof.layouts import check
-from partitioner.proof.meetings import events_of, play
 
-__all__ = ["GROUP", "Chosen", "choose", "run_passes", "wanted"]
+__all__ = ["GROUP", "Chosen", "choose", "wanted"]
 
 GROUP = "partitioner.passes"
 """The entry points that passes are declared under, ours as well as anyone's."""
@@ -83,49 +77,6 @@ def choose(name: str, **options: object) -> Chosen:
     if step.name != name:
         raise PlanError(f"{who} calls itself {step.name!r}: a pass and its entry point have one name")
     return Chosen(step, "" if ours else origin)
-
-
-def run_passes(program: Program, steps: Sequence[Chosen]) -> Program:
-    """All of `steps`, in order; the program's layouts are checked after each, the ranks' order of communication at the
-    end.
-    """
-    for chosen in steps:
-        if chosen.origin:
-            with timed(chosen.step.name):
-                program = _run_other(program, chosen)
-            continue
-        with timed(chosen.step.name):
-            program = chosen.step.run(program)
-        if not program.unplaced:
-            with timed("check of the layouts"):
-                check(program)
-    if program.unplaced:
-        raise PlanError(f"{steps[-1]} deals out weights, and no pass after it places them")
-    with timed("order of communication"):
-        play(program.mesh, dict.fromkeys(range(program.mesh.world_size), events_of(program.graph)))
-    return program
-
-
-def _run_other(program: Program, chosen: Chosen) -> Program:
-    try:
-        found: object = chosen.step.run(program)
-    except Exception as error:
-        # a plan that the pass refuses is the pass's to explain
-        what = "" if isinstance(error, PlanError) else f"raised {type(error).__name__}: "
-        raise PlanError(f"{chosen}: {what}{error}") from error
-    if not isinstance(found, Program):
-        got = "None: `run` ends without a return" if found is None else f"a {type(found).__name__}"
-        raise PlanError(f"{chosen}: `run` must return the Program, got {got}")
-    broken = fault(found)
-    if broken is not None:
-        raise PlanError(f"{chosen} leaves a program that cannot be read: {broken}")
-    if found.unplaced:
-        return found
-    try:
-        check(found)
-    except Exception as error:
-        raise PlanError(f"{chosen} leaves a program that does not pass the check: {error}") from error
-    return found
 
 
 def _declared(name: str) -> EntryPoint:

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from partitioner.compile.run_passes import Chosen, choose, wanted
+from partitioner.compile.pass_manager.choose_passes import Chosen, choose, wanted
 from partitioner.compile.weight_globs import select
 from partitioner.errors import PlanError
 from partitioner.program.plan import Plan
-from partitioner.program.program import Program
 from partitioner.sharding.mesh import AXES
+
+if TYPE_CHECKING:  # a plan is checked without torch
+    from partitioner.program.program import Program
 
 __all__ = ["ORDER", "BuiltIn", "check_plan", "passes_of", "splitting"]
 

@@ -4,58 +4,20 @@ from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from partitioner.cli.common.options import Job
-from partitioner.errors import InputError
+from partitioner.cli.jobs.bench_plan import PlanCase
 from partitioner.planning.cluster import Cluster, Dimension
 from partitioner.planning.cluster import Device as Machine
 from partitioner.planning.kernels import Kernels
 from partitioner.planning.machine.host import Host, pricer_here, times_of
 from partitioner.planning.pricing.price import Pricer
-from partitioner.planning.quantities import Workload
 from partitioner.planning.summary import Summary
 from partitioner.storage.named_model import load_config
-from runtime.processes.choose_device import choose_device
 from runtime.processes.launch import launch
 from runtime.processes.place import Place
 
-__all__ = ["PlanCase", "measure", "predicted"]
-
-
-@dataclass(frozen=True)
-class PlanCase(Job):
-    """gpus: the cluster whose tables predict; None: this CPU, calibrated."""
-
-    prompt: int = 64
-    new: int = 16
-    batch: int = 2
-    gpus: str | None = None
-    device: str = "auto"
-    rounds: int = 5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.workload  # noqa: B018 - checks the numbers
-        if self.new < 2 or self.rounds < 1:
-            raise InputError(f"--new is at least 2 and --rounds at least 1; got {self.new} and {self.rounds}")
-        if self.gpus is not None:
-            Cluster.parse(self.gpus)
-        elif self.placed.type != "cpu":
-            raise InputError(
-                "kernels of GPUs are priced by tables: name the cluster, as --gpus 2xH200, or --device cpu"
-            )
-
-    @property
-    def workload(self) -> Workload:
-        return Workload(self.prompt, self.new, self.batch)
-
-    @property
-    def placed(self) -> torch.device:
-        return choose_device(self.device, num_ranks=self.plan.mesh.world_size)
+__all__ = ["measure", "predicted"]
 
 
 def predicted(

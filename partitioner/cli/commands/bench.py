@@ -1,40 +1,27 @@
-"""`partitioner bench serve`: how a server does under load, whoever's it is, which needs the extra `partitioner[serve]`;
-`partitioner bench plan`: what a plan takes on this machine, beside what is predicted.
+"""`partitioner bench serve`: how a server does under load, whoever's it is, which needs the extra `partitioner[serve]`
+and no torch; `partitioner bench plan`: what a plan takes on this machine, beside what is predicted.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
-from collections.abc import Callable
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from partitioner.cli.bench.plan import PlanCase, measure
-from partitioner.cli.common.command import command
-from partitioner.cli.common.options import Compile, Device, Model, Timeout
+from partitioner.cli.common.options import Device, Model, Timeout
 from partitioner.cli.common.tables import print_table, say
+from partitioner.cli.jobs.compile import Compile
 from partitioner.errors import InputError
 from partitioner.serving.load.workload import ANSWER_MEAN, PROMPT_MEAN, Workload
-from partitioner.serving.text.tokenizer import load_tokenizer
-from runtime.processes.launch import require_timeout
 
-__all__ = ["register"]
+__all__ = ["bench_plan_command", "bench_serve_command"]
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the commands."""
-    bench = typer.Typer(no_args_is_help=True)
-    command(bench, "serve")(bench_serve)
-    command(bench, "plan")(bench_plan)
-    app.add_typer(bench, name="bench", help="Measure a server under load, or a plan on this machine.")
-
-
-def bench_plan(
+def bench_plan_command(
     model: Model,
     how: Compile,
     prompt: Annotated[int, typer.Option(help="tokens per prompt")] = 64,
@@ -50,8 +37,14 @@ def bench_plan(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Run a plan over one process per rank of this machine, and print its times beside the predicted ones."""
-    case = PlanCase(model, how, prompt, new, batch, gpus, device, rounds)
+    from partitioner.cli.jobs.bench_plan import PlanCase
+    from runtime.processes.launch import require_timeout
+
     require_timeout(timeout_s)
+    case = PlanCase(model, how, prompt, new, batch, gpus, device, rounds)
+
+    from partitioner.cli.actions.bench_plan import measure
+
     found = measure(case, timeout_s=timeout_s)
     if as_json:
         print(json.dumps(found, indent=1))
@@ -66,7 +59,7 @@ def bench_plan(
     say(found["by"])
 
 
-def bench_serve(
+def bench_serve_command(
     url: Annotated[str, typer.Option(help="address of the server, up to /v1")] = "http://127.0.0.1:8000/v1",
     rate: Annotated[float | None, typer.Option(help="requests that arrive per second, at random (Poisson)")] = None,
     clients: Annotated[
@@ -91,35 +84,33 @@ def bench_serve(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Put load on a server, and print its throughput and times. A key is read from OPENAI_API_KEY."""
-    try:
-        from partitioner.serving.load.ask import ask_all, model_of  # needs the extra
-        from partitioner.serving.load.measures import Measures, write_plot
-    except ModuleNotFoundError as error:
-        raise InputError(f"this needs {error.name}: pip install 'partitioner[serve]'") from error
-    if rate is None and clients is None:
-        rate = 4.0
+    from partitioner.cli.common.files import require_file
+
+    require_file("--plot", plot)
     workload = Workload(
         requests=requests,
-        rate=rate,
+        rate=4.0 if rate is None and clients is None else rate,
         clients=clients,
         prompt_mean=prompt_mean,
         answer_mean=answer_mean,
         longest=longest,
         seed=seed,
     )
-    questions = workload.questions(cut=None if tokenizer is None else _cutter(tokenizer))
+    try:
+        from partitioner.serving.load.measures import write_plot
+        from partitioner.serving.load.put_load import put_load  # needs the extra
+    except ModuleNotFoundError as error:
+        raise InputError(f"this needs {error.name}: pip install 'partitioner[serve]'") from error
     key = os.environ.get("OPENAI_API_KEY")
-    asked = model or model_of(url, key)
-    answered = asyncio.run(ask_all(questions, url=url, model=asked, key=key, clients=clients, timeout_s=timeout_s))
-    measures = Measures(tuple(answered))
+    asked, measures = put_load(workload, url=url, model=model, key=key, tokenizer=tokenizer, timeout_s=timeout_s)
     if plot is not None:
         write_plot(measures, plot)
     if as_json:
         print(json.dumps(measures.data(), indent=1))
     else:
         _show(measures.rows(), f"{asked} at {url}", measures.summary())
-    if len(measures.good) < len(answered):
-        reasons = sorted({each.error for each in answered if each.error})
+    if len(measures.good) < len(measures.answered):
+        reasons = sorted({each.error for each in measures.answered if each.error})
         Console(stderr=True).print(f"failed: {'; '.join(reasons[:3])}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1)
 
@@ -132,12 +123,3 @@ def _show(rows: list[list[str]], title: str, summary: str) -> None:
         table.add_row(*row)
     print_table(title, table)
     say(summary)
-
-
-def _cutter(folder: str) -> Callable[[str, int], str]:
-    found, _ = load_tokenizer(folder)
-
-    def cut(words: str, tokens: int) -> str:
-        return str(found.decode(found(words)["input_ids"][:tokens], skip_special_tokens=True))
-
-    return cut

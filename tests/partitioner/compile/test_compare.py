@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from partitioner import Plan, partition
-from partitioner.cli.compare import difference, first_divergence, tolerance
+from partitioner.compile.compare import difference, first_divergence, tolerance
 from partitioner.compile.parts import Parts
 from partitioner.errors import LayoutError
-from partitioner.program import Program
+from partitioner.program.program import Program
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import Layout, Split
 from tests.support import handmade, zoo

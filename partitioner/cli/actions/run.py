@@ -1,5 +1,6 @@
 """`partitioner run`: text after a prompt, from a model partitioned over processes, streamed as it comes.
 
+    run(question, ...)                  one of these, by what was asked and who started this process
     answer(question)                    what one rank of several does: load, partition, generate; rank 0 prints
     answer_alone(question)              the same where there is one rank, in this process
     run_in_processes(question, ...)     start the ranks of this machine and wait for them
@@ -17,132 +18,58 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypedDict
 
 import torch
 from transformers.utils import logging as transformers_logging
 
-from partitioner.cli.common.options import Job
+from partitioner.cli.jobs.run import Question
 from partitioner.compile.parts import Parts
 from partitioner.errors import InputError
-from partitioner.program.plan import Plan
 from partitioner.program.ranks import Ranks
 from partitioner.serving.launch import launch as launch_replicas
 from partitioner.serving.text.chat_template import TemplateFailed, render
 from partitioner.serving.text.stream import Text, TextStream
 from partitioner.serving.text.tokenizer import load_tokenizer
-from partitioner.storage.bundle.bundle import load
-from partitioner.storage.named_model import dtype_named, hub_hint
+from partitioner.storage.dtypes import dtype_asked
 from partitioner.storage.recognise import is_bundle
 from runtime.communication.process_groups import ProcessGroups
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine.engine import Engine
 from runtime.generation.decode_graphs.decoder import require_fixed_shapes
-from runtime.kv_cache.cache_size import CacheSize, require_dtype
-from runtime.kv_cache.device_memory import Amount, readable
+from runtime.kv_cache.cache_size import CacheSize
+from runtime.kv_cache.device_memory import readable
 from runtime.launching.launched import Launched
 from runtime.pipeline.measured import measured
 from runtime.processes.capacity import require_threads
-from runtime.processes.choose_device import choose_device
 from runtime.processes.launch import begin_worker, launch
-from runtime.processes.place import Place
+from runtime.processes.place import Place, is_rank
 
-__all__ = ["Question", "answer", "answer_alone", "answer_here", "run_in_processes", "run_on_replicas"]
+__all__ = ["answer", "run"]
 
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 """Where a chat template may stand, in the order in which transformers looks."""
 
 
-@dataclass(frozen=True)
-class Question(Job):
-    """What to run: MODEL (a checkpoint folder with a tokenizer, or a bundle), the prompts, and how to continue them.
-
-    compile: its `tp` is None for what the bundle has, or one rank. dtype: None for that of the weights. checkpoint: the
-    folder of the weights that a bundle refers to. mapped: weights are used where they lie in the files. checked: a
-    bundle's must have its digests.
-    """
-
-    prompts: tuple[str, ...] = ()
-    dtype: str | None = None
-    checkpoint: str | None = None
-    mapped: bool = False
-    checked: bool = True
-    cached: bool = True
-    chat: bool = False
-    cache_memory: str | None = None
-    """The most that the cache may take on a rank, as in `runtime.kv_cache.device_memory`; None: all that is free."""
-    cache_dtype: str | None = None
-    """As in `CacheSize`."""
-    options: dict[str, Any] = field(default_factory=dict)
-    profile: str = ""
-    """Where to write a trace of what every rank does; "": nowhere."""
-    device: str = "auto"
-    """As in `runtime.processes.choose_device`."""
-    compile_steps: bool = False
-    max_batch: int | None = None
-    """The most prompts at a time; None: all."""
-
-    def __post_init__(self) -> None:
-        if self.dtype not in (None, "auto"):
-            dtype_named(str(self.dtype))
-        if self.max_batch is not None and self.max_batch < 1:
-            raise InputError(f"--max-batch must be at least 1, got {self.max_batch}")
-        if self.profile and (not Path(self.profile).parent.is_dir() or Path(self.profile).is_dir()):
-            raise InputError(f"cannot write a trace to {self.profile!r}: give a file in a folder that exists")
-        if self.cache_memory is not None:
-            Amount.of(self.cache_memory)
-        require_dtype(self.cache_dtype)
-        super().__post_init__()
-        for prompt in self.prompts:
-            try:
-                prompt.encode()
-            except UnicodeEncodeError as error:
-                raise InputError(f"the prompt {prompt!r} is not valid text: {error.reason}") from None
-        if not Path(self.model).is_dir():
-            raise InputError(
-                f"{self.model!r} is not a folder: give a checkpoint folder with its tokenizer, or a bundle"
-                + hub_hint(self.model)
-            )
-        if not is_bundle(self.model) and self.checkpoint is not None:
-            raise InputError(f"--checkpoint is for a bundle that refers to one; {self.model!r} is not a bundle")
-        if not is_bundle(self.model) and not self.checked:
-            raise InputError(f"--unchecked is for a bundle, which has digests; {self.model!r} is not a bundle")
-
-    def ranks(self) -> Ranks:
-        """The model, without its weights: each rank reads its own, when it is connected."""
-        if not is_bundle(self.model):
-            return self.compile.ranks(self.model, dtype=self.dtype, mapped=self.mapped, cached=self.cached)
-        self.compile.require_none(self.model)
-        bundle = load(self.model, checkpoint=self.checkpoint, mapped=self.mapped, checked=self.checked)
-        if self.replicated.replica_mesh != bundle.mesh or self.dtype not in (None, "auto"):
-            raise InputError(
-                f"{self.model!r} is a bundle for {bundle.mesh}: leave --tp, --plan and --dtype out, or reshard it by "
-                "partitioner export"
-            )
-        return bundle
-
-    @property
-    def replicated(self) -> Plan:
-        """The plan, whose degrees may be those of a bundle."""
-        return self.compile.plan_of(self.model)
-
-    @property
-    def num_ranks(self) -> int:
-        return self.replicated.mesh.world_size
-
-    @property
-    def placed(self) -> torch.device:
-        """Where the ranks of this machine run: under torchrun there may be fewer here than in all."""
-        return choose_device(self.device, num_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", self.num_ranks)))
+def run(question: Question, *, simulate: bool, timeout_s: float) -> None:
+    """simulate: all ranks in this process. timeout_s: of processes that are started."""
+    if is_rank():
+        answer(question)
+    elif simulate:
+        answer_here(question)
+    elif question.num_ranks == 1:
+        answer_alone(question)
+    elif question.replicated.replicas > 1:
+        run_on_replicas(question, timeout_s=timeout_s)
+    else:
+        run_in_processes(question, timeout_s=timeout_s)
 
 
 def run_in_processes(question: Question, *, timeout_s: float) -> None:
     """Start one process per rank here."""
-    # what is wrong is said once, before anything is started
-    question.placed  # noqa: B018 - checks the device
-    _tokenizer(question)
+    _texts(question)
     if is_bundle(question.model):
         question.ranks().rank(0)
     # not by a file, which others might read, and which would stay where this process is killed
@@ -160,18 +87,17 @@ def run_on_replicas(question: Question, *, timeout_s: float) -> None:
     """Start the ranks of several replicas here, and tell what they say."""
     if question.profile:
         raise InputError("--profile is for one replica: leave --dp out")
-    tokenizer, plan, started = _tokenizer(question), question.replicated, time.perf_counter()
+    texts, plan, started = _texts(question), question.replicated, time.perf_counter()
     transformers_logging.disable_progress_bar()
     if is_bundle(question.model):
         question.ranks()  # says what is asked for in vain
-    dtype = None if question.dtype in (None, "auto") else dtype_named(str(question.dtype))
     with (
         _within(timeout_s),
         launch_replicas(
             question.model,
             plan,
             device=question.placed.type,
-            dtype=dtype,
+            dtype=dtype_asked(question.dtype),
             max_length=question.compile.max_length,
             checkpoint=question.checkpoint,
             mapped=question.mapped,
@@ -182,7 +108,7 @@ def run_on_replicas(question: Question, *, timeout_s: float) -> None:
         ) as llm,
     ):
         _say(f"{llm.replicas} replicas of {llm.mesh} ready in {time.perf_counter() - started:.1f} s")
-        _write(question, tokenizer, llm, sys.stdout)
+        _write(question, texts, llm, sys.stdout)
 
 
 @contextlib.contextmanager
@@ -205,39 +131,39 @@ def _within(timeout_s: float) -> Iterator[None]:
 def answer(question: Question) -> None:
     """One rank of several."""
     begin_worker()
-    parts, tokenizer = _load(question)
+    parts, texts = _load(question)
     started = time.perf_counter()
     device = question.placed
     steps = _steps(question, parts, device, Place.here(parts.mesh, replicas=question.replicated.replicas).rank)
     with Engine.connect(parts, device=device, **steps) as engine:
         _say(f"weights loaded in {time.perf_counter() - started:.1f} s")
-        _answer_by(question, tokenizer, engine, steps)
+        _answer_by(question, texts, engine, steps)
 
 
 def answer_alone(question: Question) -> None:
     """The only rank, in this process."""
-    parts, tokenizer = _load(question)
+    parts, texts = _load(question)
     device = question.placed
     if device.type == "cpu" and not question.compile_steps:
         with _profiled(question, parts, writes=True):
-            _write(question, tokenizer, parts, sys.stdout)
+            _write(question, texts, parts, sys.stdout)
         return
     started = time.perf_counter()
     steps = _steps(question, parts, device, 0)
     with parts.engine(0, ThreadGroup(parts.mesh).communicator(0), device=device, **steps) as engine:
         _say(f"weights loaded in {time.perf_counter() - started:.1f} s")
-        _answer_by(question, tokenizer, engine, steps)
+        _answer_by(question, texts, engine, steps)
 
 
 def answer_here(question: Question) -> None:
     """All ranks in this process, one thread each."""
     require_threads(question.num_ranks)
-    parts, tokenizer = _load(question)
+    parts, texts = _load(question)
     with _profiled(question, parts, writes=True):
-        _write(question, tokenizer, parts, sys.stdout)
+        _write(question, texts, parts, sys.stdout)
 
 
-def _answer_by(question: Question, tokenizer: Any, engine: Engine, steps: Steps) -> None:
+def _answer_by(question: Question, texts: Texts, engine: Engine, steps: Steps) -> None:
     is_first = os.environ.get("RANK", "0") == "0"  # of all replicas
     dtypes = [weight.dtype for weight in engine.weights if weight.is_floating_point()]
     dtype = str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.") if dtypes else "no weights"
@@ -248,7 +174,7 @@ def _answer_by(question: Question, tokenizer: Any, engine: Engine, steps: Steps)
         for axis, carrier in engine.communicator.transports.items():
             _say(f"{axis}: by {carrier}")
     with _profiled(question, engine, writes=is_first):
-        _write(question, tokenizer, engine, sys.stdout if is_first else None)
+        _write(question, texts, engine, sys.stdout if is_first else None)
     if engine.device.type == "cuda":
         most, of_all = torch.cuda.max_memory_allocated(engine.device), torch.cuda.get_device_properties(engine.device)
         _say(f"memory: {readable(most)} at most, of {readable(of_all.total_memory)} of a GPU")
@@ -291,20 +217,29 @@ def _profiled(question: Question, engine: Engine | Ranks, *, writes: bool) -> It
         _say(f"{trace}{idle}\ntrace in {question.profile}: open it at https://ui.perfetto.dev")
 
 
-def _load(question: Question) -> tuple[Ranks, Any]:
+def _load(question: Question) -> tuple[Ranks, Texts]:
     transformers_logging.disable_progress_bar()
     started = time.perf_counter()
-    tokenizer = _tokenizer(question)
+    texts = _texts(question)
     ranks = question.ranks()
     read = "bundle read" if is_bundle(question.model) else "compiled before; read"
     _say(f"{'partitioned' if isinstance(ranks, Parts) else read} in {time.perf_counter() - started:.1f} s")
     if isinstance(ranks, Parts):
         for note in ranks.report.notes:
             _say(f"note: {note}")
-    return ranks, tokenizer
+    return ranks, texts
 
 
-def _tokenizer(question: Question) -> Any:
+@dataclass(frozen=True)
+class Texts:
+    """The prompts' tokens [S], as the tokenizer has them."""
+
+    tokenizer: Any
+    prompts: list[list[int]]
+
+
+def _texts(question: Question) -> Texts:
+    """Raises where a prompt cannot be continued, which costs nothing before the model is compiled."""
     tokenizer, note = load_tokenizer(question.model)
     if note:
         _say(f"note: {note}")
@@ -313,19 +248,19 @@ def _tokenizer(question: Question) -> Any:
             f"the tokenizer of {question.model!r} has no chat template: leave --chat out, or put the model's "
             "chat_template.jinja into the folder"
         )
-    return tokenizer
+    return Texts(tokenizer, [_ids(question, tokenizer, prompt) for prompt in question.prompts])
 
 
-def _write(question: Question, tokenizer: Any, engine: Engine | Ranks | Launched, out: TextIO | None) -> None:
-    prompts = [_ids(question, tokenizer, prompt) for prompt in question.prompts]
+def _write(question: Question, texts: Texts, engine: Engine | Ranks | Launched, out: TextIO | None) -> None:
+    tokenizer, prompts = texts.tokenizer, texts.prompts
     at_a_time = min(len(prompts), question.max_batch or len(prompts))
     _reserve(question, engine, longest=max(map(len, prompts)), max_batch=at_a_time)
     options = {**question.options, "tokenizer": tokenizer}  # for stop strings, the model's own as well
     said: list[list[int]] = [[] for _ in prompts]
     # one sequence is written as it comes; several would run into each other
-    texts = [Text(tokenizer, prompt) for prompt in prompts]
+    written = [Text(tokenizer, prompt) for prompt in prompts]
     # a question and its answer are two texts, a prompt and its continuation one
-    stream = TextStream(texts[0], out, with_prompt=not question.chat) if len(prompts) == 1 else None
+    stream = TextStream(written[0], out, with_prompt=not question.chat) if len(prompts) == 1 else None
     started, firsts, later_s, later = time.perf_counter(), 0.0, 0.0, 0
     for begin in range(0, len(prompts), at_a_time):
         group = range(begin, min(begin + at_a_time, len(prompts)))
@@ -346,7 +281,7 @@ def _write(question: Question, tokenizer: Any, engine: Engine | Ranks | Launched
     if stream is not None:
         stream.end(said[0])
     else:
-        for prompt, text, tokens in zip(question.prompts, texts, said, strict=True):
+        for prompt, text, tokens in zip(question.prompts, written, said, strict=True):
             between = "\n" if question.chat else ""
             out.write(f"{prompt}{between}{text.after(tokens)}\n\n")
     out.flush()

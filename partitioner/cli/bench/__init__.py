@@ -1,1 +1,0 @@
-"""`partitioner bench`: a server under load, a plan on this machine."""

@@ -1,0 +1,1 @@
+"""The passes of a plan: by name, in order, run, and looked over."""
