@@ -27,10 +27,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.support.live_bytes import LiveBytes
 from benchmarks.support.peers import build
 from benchmarks.support.ranks import launch_ranks
 from benchmarks.support.rounds import Ratio, take_turns
@@ -74,24 +73,6 @@ class Counting:
         return self._channel.all_to_all(x, send_counts, receive_counts, **options)  # type: ignore[no-any-return]
 
 
-class Peak(TorchDispatchMode):
-    """The most bytes of results that were alive at the same time; weights and inputs are not results."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.most, self._live = 0, dict[StorageWeakRef, int]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        given = {_storage(each) for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
-        for each in tree_leaves(made):
-            if isinstance(each, Tensor) and (found := _storage(each)) not in given:
-                self._live[found] = each.untyped_storage().nbytes()
-        self._live = {storage: size for storage, size in self._live.items() if not storage.expired()}
-        self.most = max(self.most, sum(self._live.values()))
-        return made
-
-
 class Pairs(TorchDispatchMode):
     """How many pairs of query and key the attention kernels were given, over all heads."""
 
@@ -105,10 +86,6 @@ class Pairs(TorchDispatchMode):
             is_causal = args[4] if len(args) > 4 else (kwargs or {}).get("is_causal", False)
             self.count += batch * heads * (queries * (queries + 1) // 2 if is_causal else queries * keys)
         return func(*args, **(kwargs or {}))
-
-
-def _storage(x: Tensor) -> StorageWeakRef:
-    return StorageWeakRef(x.untyped_storage())
 
 
 def said(way: str, ranks: int, tokens: int) -> float:
@@ -200,7 +177,7 @@ def peak(plan: Plan, tokens: int) -> float:
     """Of the rank that has most, in a run of a whole text."""
     model = build(SIZES)
     ids = torch.randint(3, 200, (1, tokens), generator=torch.Generator().manual_seed(1))
-    with Engine.connect(partition(model, plan), timeout_s=120) as engine, Peak() as seen:
+    with Engine.connect(partition(model, plan), timeout_s=120) as engine, LiveBytes() as seen:
         hidden = engine(input_ids=ids)
     del hidden
     return float(seen.most)
@@ -241,7 +218,7 @@ def main() -> None:
     parts = partition(model, Plan())
     parts.simulate(input_ids=ids[:, :8])
     engine = parts._simulators[0].engines[0]
-    with Peak() as seen:
+    with LiveBytes() as seen:
         engine(input_ids=ids)
     print(f"a whole text of {given.tokens} tokens, one rank: peak {seen.most / 2**20:.1f} MiB", flush=True)
     launch_ranks(["benchmarks.sequences", *sys.argv[1:], f"--alone={seen.most}"], num_ranks=given.ranks, timeout_s=600)

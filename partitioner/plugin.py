@@ -14,8 +14,6 @@ module and on nothing else of ours.
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 from collections.abc import Callable, Sequence
 
 import torch
@@ -24,6 +22,7 @@ from torch import Tensor, fx
 from partitioner.analysis.rules import RULES
 from partitioner.analysis.rules.data_movement import IDENTITIES, MOVES
 from partitioner.analysis.rules.notation import Letters, Notation, Operand, Rule, is_tensor, letters, value_of
+from partitioner.compile.weight_globs import matching
 from partitioner.errors import PlanError
 from partitioner.program.node_arguments import arguments, operation
 from partitioner.program.plan import Pass
@@ -131,26 +130,13 @@ def weights_named(program: Program, globs: Sequence[str], *, among: Sequence[str
 
     Raises `PlanError` for a glob that selects none: nothing is skipped in silence.
     """
-    found: dict[str, None] = {}
-    known = {name: (name, *program.weights[name].aliases) for name in among}
+    found: set[str] = set()
     for glob in globs:
-        hits = [name for name, names in known.items() if any(_matches(each, glob) for each in names)]
+        hits, near = matching(program, glob, among)
         if not hits:
-            near = difflib.get_close_matches(
-                glob, {part for names in known.values() for n in names for part in _heads(n)}
-            )
-            raise PlanError(f"{glob!r} selects no weight that this pass can take; near it: {', '.join(near) or 'none'}")
-        found.update(dict.fromkeys(hits))
+            raise PlanError(f"{glob!r} selects no weight that this pass can take; near it: {near}")
+        found.update(hits)
     return [name for name in among if name in found]
-
-
-def _heads(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
-
-
-def _matches(name: str, glob: str) -> bool:
-    return any(fnmatch.fnmatchcase(head, glob) for head in _heads(name))
 
 
 def _name(op: object) -> str:

@@ -1,20 +1,20 @@
-"""The context-parallel pass: the tokens of a sequence dealt to the ranks of sp, each computes its own.
+"""The context-parallel pass: the tokens of a sequence are divided among the ranks of sp; each computes its own.
 
     input_ids[B, S]                 -> take_rows         -> [B, S_i]     all that works token by token: own tokens
     attention(q, k, v)              -> sequence_attention(q, k, v, S)    own queries, the keys of all ranks
     logits[B, S_i, V]               -> collect_rows      -> [B, S, V]
 
-Tokens lie in zig-zag order (`runtime/ops/rows/token_order.py`), and nothing is filled up. Keys and values reach queries
-in one way, the same for all layers: "ring" (arXiv:2310.01889), "gather" (arXiv:2407.21783, section 3.3.2), "ulysses"
-(arXiv:2309.14509), or "ring-ulysses", over two factors of sp (arXiv:2405.07719). Nothing else may look from one token
-at another: a node that does is refused by name.
+Tokens lie in zig-zag order (`runtime/ops/rows/token_order.py`), without padding. Keys and values reach queries in one
+way, the same for all layers: "ring" (arXiv:2310.01889), "gather" (arXiv:2407.21783, section 3.3.2), "ulysses"
+(arXiv:2309.14509), or "ring-ulysses", over two factors of sp (arXiv:2405.07719). No other op may mix tokens: the pass
+refuses a node that does, by name.
 
-Positions, masks and the like, made of inputs and of no trained weight, are computed for the tokens that need them: of
-all for a mask's keys, of a rank's own elsewhere.
+Positions, masks and other values that derive from inputs and not from trained weights are computed for the tokens that
+need them: for all tokens where a mask covers keys, for a rank's own elsewhere.
 
-Experts that are dealt out take a rank's own tokens where these are sent to them, or where the ranks that work together
-have the same ones. Elsewhere (experts, or parts of their matrices, over sp itself, on every rank for all tokens) they
-get the tokens of all, and the ranks' sums are dealt out: collect_rows -> experts -> scatter_rows.
+Experts take a rank's own tokens where tokens are sent to them, or where the ranks that work together have the same
+tokens. Elsewhere (experts, or parts of their matrices, are divided over sp itself) they get the tokens of all ranks,
+and the sums are scattered: collect_rows -> experts -> scatter_rows.
 """
 
 from __future__ import annotations
@@ -30,16 +30,22 @@ from partitioner.analysis.cost.attention_exchange import choose_exchange, neighb
 from partitioner.analysis.layouts.dealt_experts import expert_bodies
 from partitioner.analysis.layouts.infer_layout import FILLED, Layouts
 from partitioner.analysis.layouts.memoise import Inferrer
-from partitioner.analysis.layouts.own_tokens import held_alike, is_own, rows_of, symbols_of, tokens_dim, with_own
+from partitioner.analysis.layouts.own_tokens import (
+    has_own,
+    rows_of,
+    summed_by_experts,
+    tokens_dim,
+    with_own,
+    works_row_by_row,
+)
 from partitioner.analysis.stages.order_nodes import sizes_from_inputs
 from partitioner.compile.insert_collectives import OVER_AXES, Rewriter, over_other_axes
-from partitioner.errors import LayoutError, PlanError
-from partitioner.program.node_arguments import arguments, describe, map_nodes, node_values, operation
+from partitioner.errors import PlanError
+from partitioner.program.node_arguments import arguments, describe, map_nodes, node_values, operation, symbols_of
 from partitioner.program.plan import SP_ATTENTION
 from partitioner.program.program import Entry, Program
-from partitioner.proof.layouts import SPECIAL, layout_or_problem
-from partitioner.sharding.layout import REPLICATED, Layout, Rows
-from partitioner.sharding.mesh import AXES, EXPERT_AXES
+from partitioner.proof.layouts import SPECIAL, infer_layouts, layout_or_problem
+from partitioner.sharding.layout import Layout, Rows
 from runtime.ops.attention import attention
 from runtime.ops.rows import collect_rows
 from runtime.ops.rows.sequence_attention import sequence_attention
@@ -53,9 +59,11 @@ _VIEWS = (aten.view, aten.reshape, aten._unsafe_view)
 
 @dataclass(frozen=True)
 class ContextParallel:
-    """See the module's docstring. attention: "auto" is the ring or Ulysses, whichever is priced lower.
+    """See the module's docstring.
 
-    neighbours: how many ranks exchange heads by "ring-ulysses"; None: as many as there are heads for.
+    - attention: how keys and values reach queries; "auto": the ring or Ulysses, whichever is estimated to be faster.
+    - neighbours: how many ranks exchange heads in "ring-ulysses"; None: as many as there are heads for.
+    - axis: the mesh axis over which tokens are divided.
     """
 
     name: ClassVar[str] = "context-parallel"
@@ -112,7 +120,7 @@ class _Deal:
         self.symbol = program.symbols[KIND]
         self.rows = Rows((axis,), KIND, ORDER)
         self.whole: Layouts = {}
-        """How each value was held."""
+        """How each value was held, before its tokens were dealt out."""
         self.now: Layouts = {}
         self.rewriter = Rewriter(program, self.now)
         self.inferrer = Inferrer(program)
@@ -122,14 +130,15 @@ class _Deal:
         """Of such a value, or of a number of tokens: that of the rank's own tokens."""
         self.kept: set[fx.Node] = set()
         """Experts that need the tokens of all ranks."""
-        self.gone = frozenset({axis, *EXPERT_AXES} - (set(AXES) - {axis}))
-        """Axes over which no sum of own tokens is left: these have been summed where experts end."""
+        self.summed = summed_by_experts(axis)
 
     def run(self) -> None:
         sizes_from_inputs(self.program)
         nodes = list(self.program.graph.nodes)
+        self.whole = infer_layouts(self.program, self.inferrer)
         for node in nodes:
-            self._note(node)
+            if node in self.whole and self._is_of_inputs(node):
+                self.of_inputs.add(node)
         for body in expert_bodies(self.program, self.whole):
             if not body.takes_own(self.axis):
                 self.kept |= body.nodes
@@ -142,27 +151,14 @@ class _Deal:
         self.program.graph.eliminate_dead_code()
         self.program.graph.lint()
 
-    # -- as it was -----------------------------------------------------------------------------------------------------
-
-    def _note(self, node: fx.Node) -> None:
+    def _is_of_inputs(self, node: fx.Node) -> bool:
+        """Whether a value is made of inputs, sizes and buffers; of its operands that is known."""
         if node.op == "placeholder":
-            self.whole[node] = self.program.given(node.meta["val"])
-            self.of_inputs.add(node)
-        elif node.op == "get_attr":
-            weight = self.program.weights[str(node.target)]
-            self.whole[node] = self.program.weight_layouts.get(weight.name, REPLICATED(len(weight.shape)))
-            if weight.source in ("computed", "constant"):
-                self.of_inputs.add(node)
-        elif node.op == "call_function" and node_values(node):
-            found = layout_or_problem(self.program, node, self.whole, self.inferrer)
-            if isinstance(found, str):
-                raise LayoutError(f"{node.name}: {found}")
-            self.whole[node] = found[0]
-            is_filled = operation(node) in FILLED  # it reads the dtype of an operand, and no values
-            if is_filled or all(n in self.of_inputs or not node_values(n) for n in node.all_input_nodes):
-                self.of_inputs.add(node)
-
-    # -- with own tokens -----------------------------------------------------------------------------------------------
+            return True
+        if node.op == "get_attr":
+            return self.program.weights[str(node.target)].source in ("computed", "constant")
+        # what is filled reads the dtype of an operand, and no values
+        return operation(node) in FILLED or all(n in self.of_inputs or not node_values(n) for n in node.all_input_nodes)
 
     def _place(self, node: fx.Node) -> None:
         self.now[node] = self.whole[node]
@@ -205,13 +201,8 @@ class _Deal:
         found = layout_or_problem(self.program, node, self.now, self.inferrer)
         if isinstance(found, str) or any(self.now[n] != want for n, want in found[1]):
             return None
-        several = (found[0], whole) if isinstance(whole, tuple) else ((found[0],), (whole,))
-        for value, own, layout in zip(node_values(node), *several, strict=True):
-            tokens = [dim for dim, size in enumerate(value.shape) if self.symbol in symbols_of(size)]
-            alike = held_alike(own, layout, self.rows) and own.partial == layout.partial - self.gone
-            if not alike or not all(is_own(own.dims[dim], self.rows) for dim in tokens):
-                return None
-        return found[0]
+        alike = works_row_by_row(node, found[0], whole, self.rows, self.symbol, self.summed)
+        return found[0] if alike else None
 
     def _spell_out(self, node: fx.Node) -> None:
         """A size left to be found out, -1, cannot be found where a rank has no tokens."""
@@ -318,14 +309,14 @@ class _Deal:
             return source
         if self.axis in layout.partial:
             return self.rewriter.scattered(source, dim, own)
-        return self.rewriter.converted(source, Layout(layout.dims, layout.partial - self.gone).with_dim(dim, own))
+        return self.rewriter.converted(source, Layout(layout.dims, layout.partial - self.summed).with_dim(dim, own))
 
     def _narrow(self, node: fx.Node, own: fx.Node) -> None:
         """`node` over those of its axes whose ranks have the same tokens; nothing where there are none."""
         total = arguments(node)["total"] if node.target is collect_rows else None
         if isinstance(total, fx.Node):
             total = self._own(total)
-        if over_other_axes(self.program, node, own, self.gone, total=total):
+        if over_other_axes(self.program, node, own, self.summed, total=total):
             self.now[node] = SPECIAL[node.target](self.program, node, self.now)
         else:
             node.replace_all_uses_with(own)
@@ -348,9 +339,7 @@ class _Deal:
         return tuple(found) if isinstance(self.whole[node], tuple) else found[0]
 
     def _has_rows(self, node: fx.Node) -> bool:
-        layout = self.now.get(node)
-        several = layout if isinstance(layout, tuple) else (layout,)
-        return any(is_own(dim, self.rows) for each in several if each for dim in each.dims)
+        return has_own(self.now.get(node), self.rows)
 
     def _why(self, node: fx.Node) -> str:
         found = layout_or_problem(self.program, node, self.now, self.inferrer)

@@ -5,12 +5,13 @@
     gather              collect_rows -> localise_experts -> .. -> scatter_rows      the tokens of all, and their sums
     logits[B_i, 1, V]   of its own sequences
 
-Replicas that no expert is shared out over are worlds of their own. Where experts span dp they go in step: each runs
-the same program at the same time, on its own requests, and they meet in the experts alone ("DP attention" of
-arXiv:2412.19437, section 3.4). That no sequence looks at another is proven before (`partitioner/proof/rows.py`).
+Replicas that share no experts have separate process groups, and need no pass. Where experts span dp, the ranks run in
+lock-step: the same program at the same time, each on its own requests, with collectives in the experts alone ("DP
+attention" of arXiv:2412.19437, section 3.4). That no sequence depends on another is proven first
+(`partitioner/proof/rows.py`).
 
-Of experts that are gathered, each rank brings as many rows as any other: whoever runs the ranks fills up. What is sent
-to experts may differ in number.
+With `gather`, every rank must bring the same number of rows, so the runtime pads shorter ones. With `exchange`, numbers
+may differ.
 """
 
 from __future__ import annotations
@@ -24,14 +25,13 @@ from torch import fx
 from partitioner.analysis.layouts.dealt_experts import expert_bodies
 from partitioner.analysis.layouts.infer_layout import Layouts
 from partitioner.analysis.layouts.memoise import Inferrer
-from partitioner.analysis.layouts.own_tokens import held_alike, is_own, symbols_of, tokens_dim
+from partitioner.analysis.layouts.own_tokens import has_own, summed_by_experts, tokens_dim, works_row_by_row
 from partitioner.compile.insert_collectives import OVER_AXES, Rewriter, over_other_axes
-from partitioner.errors import LayoutError, PlanError
+from partitioner.errors import PlanError
 from partitioner.program.node_arguments import describe, node_values
 from partitioner.program.program import Entry, Program
-from partitioner.proof.layouts import SPECIAL, layout_or_problem
-from partitioner.sharding.layout import REPLICATED, Layout, Rows
-from partitioner.sharding.mesh import AXES, EXPERT_AXES
+from partitioner.proof.layouts import SPECIAL, infer_layouts, layout_or_problem
+from partitioner.sharding.layout import Layout, Rows
 from runtime.ops.communicating import as_axes
 from runtime.ops.expert_exchange import expert_send
 from runtime.ops.rows import collect_rows, scatter_rows, take_rows
@@ -43,12 +43,15 @@ KIND = "batch"
 
 @dataclass(frozen=True)
 class DataParallel:
-    """See the module's docstring. Runs after the placement of all axes, on a program whose ranks have one batch.
+    """See the module's docstring. Runs after tensor-parallel, on a program whose ranks all have the same batch.
 
-    Where something in it needs all sequences, they still do, and a note says why. gathers: whether experts may be given
-    the tokens of all ranks, which bring as many each: prompts are filled up then, and where ranks share out the tokens
-    of a sequence they would keep unlike numbers of its own. alike: every rank runs as many tokens as any other, as
-    captured steps have to: then no host waits to learn how many are sent to its experts.
+    Where an op needs all sequences, the program is returned as it was, and a note says why.
+
+    - gathers: whether experts may gather the tokens of all ranks. That needs as many tokens on each: prompts would be
+      padded, and ranks of sp would hold different numbers of padded tokens.
+    - axis: the mesh axis over which the batch is divided.
+    - alike: whether every rank always runs the same number of tokens, as captured decode steps do. Then no host waits
+      to learn how many tokens were sent to its experts.
     """
 
     name: ClassVar[str] = "data-parallel"
@@ -79,7 +82,7 @@ class DataParallel:
 
 
 class _Own:
-    def __init__(self, program: Program, axis: str, *, gathers: bool = True) -> None:
+    def __init__(self, program: Program, axis: str, *, gathers: bool) -> None:
         self.program, self.axis, self.gathers = program, axis, gathers
         self.symbol = program.symbols[KIND]
         self.rows = Rows((axis,), KIND)
@@ -93,13 +96,11 @@ class _Own:
         """Experts that need the tokens of all ranks."""
         self.made: dict[fx.Node, fx.Node] = {}
         """What was collected, or dealt out, of a value."""
-        self.gone = frozenset({axis, *EXPERT_AXES} - (set(AXES) - {axis}))
-        """Axes over which no sum of own tokens is left: these have been summed where experts end."""
+        self.summed = summed_by_experts(axis)
 
     def run(self) -> None:
         nodes = list(self.program.graph.nodes)
-        for node in nodes:
-            self._note(node)
+        self.whole = infer_layouts(self.program, self.inferrer)
         for body in expert_bodies(self.program, self.whole):
             if not body.takes_own(self.axis):
                 if not self.gathers:
@@ -110,6 +111,8 @@ class _Own:
         for node in nodes:
             if node.op == "placeholder":
                 self.now[node] = self.program.given(node.meta["val"])
+            elif node.op == "get_attr":
+                self.now[node] = self.whole[node]
         for node in nodes:
             if node in self.whole:
                 self._place(node)
@@ -118,23 +121,6 @@ class _Own:
                 self._give(node)
         self.program.graph.eliminate_dead_code()
         self.program.graph.lint()
-
-    # -- as it was -----------------------------------------------------------------------------------------------------
-
-    def _note(self, node: fx.Node) -> None:
-        if node.op == "placeholder":
-            self.whole[node] = REPLICATED(len(node.meta["val"].shape))
-        elif node.op == "get_attr":
-            shape = self.program.weights[str(node.target)].shape
-            self.whole[node] = self.program.weight_layouts.get(str(node.target), REPLICATED(len(shape)))
-            self.now[node] = self.whole[node]
-        elif node.op == "call_function" and node_values(node):
-            found = layout_or_problem(self.program, node, self.whole, self.inferrer)
-            if isinstance(found, str):
-                raise LayoutError(f"{node.name}: {found}")
-            self.whole[node] = found[0]
-
-    # -- with own sequences --------------------------------------------------------------------------------------------
 
     def _place(self, node: fx.Node) -> None:
         if node in self.now:
@@ -156,17 +142,9 @@ class _Own:
             raise self._refused(node, found)
         if unmet := next((source for source, wanted in found[1] if self.now[source] != wanted), None):
             raise self._refused(node, f"needs {unmet.name!r} of all sequences")
-        self._require_own(node, found[0])
+        if not works_row_by_row(node, found[0], self.whole[node], self.rows, self.symbol, self.summed):
+            raise self._refused(node, "has no row for each sequence in its result")
         self.now[node] = found[0]
-
-    def _require_own(self, node: fx.Node, found: Any) -> None:
-        whole = self.whole[node]
-        several = (found, whole) if isinstance(whole, tuple) else ((found,), (whole,))
-        for value, own, layout in zip(node_values(node), *several, strict=True):
-            dims = [dim for dim, size in enumerate(value.shape) if self.symbol in symbols_of(size)]
-            alike = held_alike(own, layout, self.rows) and own.partial == layout.partial - self.gone
-            if not alike or not all(is_own(own.dims[dim], self.rows) for dim in dims):
-                raise self._refused(node, "has no row for each sequence in its result")
 
     def _refused(self, node: fx.Node, why: str) -> PlanError:
         return PlanError(
@@ -177,7 +155,7 @@ class _Own:
     def _narrow(self, node: fx.Node, own: fx.Node) -> None:
         """`node` over those of its axes whose ranks have the same sequences; nothing where there are none."""
         total = node.args[1] if node.target is collect_rows else None
-        if over_other_axes(self.program, node, own, self.gone, total=total):
+        if over_other_axes(self.program, node, own, self.summed, total=total):
             self.now[node] = SPECIAL[node.target](self.program, node, self.now)
         else:
             node.replace_all_uses_with(own)
@@ -240,6 +218,4 @@ class _Own:
         return made
 
     def _has_rows(self, node: fx.Node) -> bool:
-        layout = self.now.get(node)
-        several = layout if isinstance(layout, tuple) else (layout,)
-        return any(is_own(dim, self.rows) for each in several if each for dim in each.dims)
+        return has_own(self.now.get(node), self.rows)

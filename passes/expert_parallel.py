@@ -1,13 +1,13 @@
-"""The expert-parallel pass: the routed experts of every layer dealt to the ranks of ep, each to one of them or several.
+"""The expert-parallel pass: the routed experts of every layer are divided among the ranks of ep.
 
     replicate   every rank has all tokens:   localise_experts -> its experts -> combine    a partial sum, all-reduced
     gather      ranks have their own tokens: collect_rows -> as above -> scatter_rows      the same graph, by layouts
     exchange    ranks have their own tokens: expert_send -> its experts -> combine -> expert_return   two all-to-alls
 
-The pass writes these ops around the dispatch, grouped linears and combine that were captured, and deals the weights;
-the one placement of all axes, in tensor-parallel, lays out everything else and puts collectives where layouts differ.
-GShard (arXiv:2006.16668, section 3.2) deals experts this way; that each token goes once to each rank is from
-arXiv:2412.19437, section 3.2.2.
+The pass writes these ops around the dispatch, grouped linears and combine that were captured, and splits the weights
+of experts. It inserts no collectives: tensor-parallel, which runs next, lays out everything else and puts collectives
+where layouts differ. GShard (arXiv:2006.16668, section 3.2) divides experts this way; that a token is sent at most once
+to each rank is from arXiv:2412.19437, section 3.2.2.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from torch import fx
 
 from partitioner.analysis.cost.expert_exchange import OwnTokens, destinations
 from partitioner.analysis.layouts.expert_regions import Region, find_regions
-from partitioner.analysis.layouts.shared_sums import joins_a_product
+from partitioner.analysis.layouts.partial_sums import joins_a_product
 from partitioner.errors import PlanError
 from partitioner.program.balance import Owners, deal
 from partitioner.program.node_arguments import arguments
 from partitioner.program.program import Entry, Program, Value
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import REPLICATED, Split
+from runtime.ops.communicating import axis_argument
 from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
 from runtime.ops.experts import limit_experts
 
@@ -39,11 +40,16 @@ EXCHANGES = ("auto", "replicate", "gather", "exchange")
 
 @dataclass(frozen=True)
 class ExpertParallel:
-    """exchange: how tokens come to experts. owners: the experts of each rank of ep, of every layer; an expert may stand
-    with several. capacity: how many times the mean of choices an expert takes of prompts and whole texts, at least 1;
-    0: any number. What is over is left out, counted and told (`runtime.ops.experts`), so that a token's result depends
-    on the tokens beside it. keep_whole: weight name -> why it stays whole on every rank. entry: for which `auto`
-    chooses.
+    """See the module's docstring.
+
+    - exchange: how tokens reach experts, a row of the table above; "auto": the one with the fewest bytes.
+    - owners: for each rank of ep, the experts that it holds in every layer; several ranks may hold the same expert.
+      Empty: an even share each.
+    - capacity: the most tokens that an expert takes of prompts and whole texts, as a multiple of the mean; at least 1,
+      or 0 for no limit. Tokens beyond it skip the expert, and are counted and reported (`runtime.ops.experts`). With a
+      limit, a token's result depends on the tokens beside it.
+    - keep_whole: names of weights to leave replicated, each with the reason for the report.
+    - entry: the entry for which "auto" chooses.
     """
 
     name: ClassVar[str] = "expert-parallel"
@@ -139,8 +145,7 @@ class ExpertParallel:
     def _deal(self, program: Program, region: Region, owners: Owners, axes: tuple[str, ...], exchange: str) -> None:
         split = Split(axes, tuple(IndexSet.of(mine) for mine in owners))
         for name, dim in region.weights.items():
-            layout = program.weight_layouts.get(name, REPLICATED(len(program.weights[name].shape)))
-            program.weight_layouts[name] = layout.with_dim(dim, split)
+            program.weight_layouts[name] = program.layout_of(name).with_dim(dim, split)
         _Deal(program, region, owners, axes, self.capacity).write(exchange)
 
 
@@ -162,7 +167,7 @@ class _Deal:
     def write(self, exchange: str) -> None:
         a, gates = arguments(self.dispatch), arguments(self.combine)["gates"]
         hidden, index = a["hidden"], a["index"]
-        axis = self.axes[0] if len(self.axes) == 1 else self.axes
+        axis = axis_argument(self.axes)
         back = None
         with self.program.graph.inserting_before(self.dispatch):
             if self.capacity:

@@ -5,9 +5,10 @@
     w * (x * rsqrt(mean(x ** 2) + eps))                               ->  rms_norm(x, [n], w, eps)
     cat([-x[h:], x[:h]]) * s                                          ->  roll(x, -h) * cat([-s[:n-h], s[n-h:]])
 
-The third is a norm written out, which keeps its detour through float32 if it has one. The last is how rotary embeddings
-turn halves of a head: what becomes of `s` is computed once for all layers, where each layer had cut, negated and joined
-its own queries and keys. RMSNorm: arXiv:1910.07467, section 3; rotary embedding: arXiv:2104.09864, section 3.4.2.
+The third is an RMSNorm that the model writes out; if it computes in float32 inside, so does the fused op. The last is
+the rotate-half of rotary embeddings: the factor made of `s` is computed once for all layers, where each layer sliced,
+negated and concatenated its own queries and keys. RMSNorm: arXiv:1910.07467, section 3; rotary embedding:
+arXiv:2104.09864, section 3.4.2.
 """
 
 from __future__ import annotations

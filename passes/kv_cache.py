@@ -2,12 +2,12 @@
 
     attention(q, k, v, causal=True)   ->   cached_attention(q, k, v, positions, state="model.layers.0.self_attn")
 
-Which positions a query may see says everything, so one graph serves a prompt (S tokens), part of a prompt, and one
-token. A layer's cache holds the heads that the rank computes: a split one is sized by the local heads. Layers that see
-no further than a window or a chunk say so, and keep no more. Key-value caching: arXiv:1911.02150, section 2.
+The positions alone say what a query may see, so one graph serves a whole prompt, part of a prompt, and one token. A
+layer's cache holds the heads that the rank computes. Layers that see no further than a window or a chunk say so, and
+keep no more. Key-value caching: arXiv:1911.02150, section 2.
 
-Where ranks share out a sequence, each keeps its part of the cache: a prompt's own tokens (`sequence_attention`), and of
-tokens that come one by one each its turn (attention, whose parts are merged).
+Where a sequence is divided over sp, each rank keeps its part of the cache: its own tokens of a prompt
+(`sequence_attention`), and in turn of the tokens that come one by one (attention, whose partial results are merged).
 
 Where keys and values are products of a narrower value (`partitioner.analysis.tokens.latent_keys`), that value is cached
 in their place if it takes fewer bytes on every rank, or if it is asked for:
@@ -39,6 +39,7 @@ from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import REPLICATED, Layout, Rows, Split
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention
+from runtime.ops.communicating import axis_argument
 from runtime.ops.local import reorder
 from runtime.ops.rows.sequence_attention import cached_sequence_attention, sequence_attention
 from runtime.ops.rows.share_rows import take_rows
@@ -173,7 +174,7 @@ def _usable(program: Program, node: fx.Node) -> LatentKeys | str:
         return f"it mixes dtypes: {', '.join(sorted(map(str, dtypes)))}"
     heads_of = (a["q"].meta.get("layout") or REPLICATED(4)).dims[1]
     for made in (found.keys, found.values):
-        rows = program.weight_layouts.get(str(made.weight.target), REPLICATED(2)).dims
+        rows = program.layout_of(str(made.weight.target)).dims
         if rows != (_rows_of(heads_of, made.each), None):
             return f"the ranks hold other rows of {made.weight.target} than those of their heads"
     return found
@@ -219,8 +220,7 @@ def _cache_latent(
     how = "merge" if node.target is attention else "gather" if a["how"] == "gather" else "ring"
     options |= {"how": how, "parts": program.mesh.size(*axes), "state": name}
     own = _of_queries(program, a["q"], positions)
-    axis = axes[0] if len(axes) == 1 else axes
-    node.args = (q, carried_q, latent, carried, *weights, own, a["mask"], a["sinks"], axis)
+    node.args = (q, carried_q, latent, carried, *weights, own, a["mask"], a["sinks"], axis_argument(axes))
     node.target, node.kwargs = latent_sequence_attention, options
 
 
@@ -264,7 +264,7 @@ class _Maker:
     def per_head(self, made: Projection) -> fx.Node:
         """Rows of a weight, by head: [H, count, R]."""
         rows, width = made.weight.meta["val"].shape
-        layout = self._program.weight_layouts.get(str(made.weight.target), REPLICATED(2))
+        layout = self._program.layout_of(str(made.weight.target))
         split = layout.dims[0]
         heads = split
         if isinstance(split, Split):

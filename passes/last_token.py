@@ -2,11 +2,11 @@
 
     hidden[B, S, H] -> lm_head -> logits[B, S, V]     ->     last_token(hidden, last)[B, 1, H] -> logits[B, 1, V/n]
 
-`last` [B] is where in its row each last token stands. A prompt of 8192 tokens over a vocabulary of 128256 would
-otherwise yield 4 GB of float32 logits, of which generation reads one row. The gather of vocabulary-parallel logits is
-taken out: the sampler reads them where they are (Megatron-LM, arXiv:1909.08053, section 3, does so for its loss).
+`last` [B] is the index of each row's last token. A prompt of 8192 tokens over a vocabulary of 128256 would otherwise
+yield 4 GB of float32 logits, of which generation reads one row. The all-gather of vocabulary-parallel logits is
+removed: the sampler reads each rank's part (as Megatron-LM does for its loss, arXiv:1909.08053, section 3).
 
-Where ranks have tokens of their own, one of them has the last one: hidden[B, S_i, H] -> own_last_token -> all_reduce.
+Where ranks have tokens of their own, one rank has the last one: hidden[B, S_i, H] -> own_last_token -> all_reduce.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import torch
 from torch import fx
 
 from partitioner.compile.insert_collectives import Rewriter
-from partitioner.program.node_arguments import operation
+from partitioner.program.node_arguments import operation, symbols_of
 from partitioner.program.program import Entry, Program, Value
 from partitioner.sharding.layout import REPLICATED, Layout, Rows
 from runtime.ops.cached_attention import last_token
 from runtime.ops.collectives import all_gather, all_reduce
+from runtime.ops.communicating import axis_argument
 from runtime.ops.local import reorder
 from runtime.ops.rows.share_rows import collect_rows, own_last_token
 
@@ -46,9 +47,8 @@ class LastToken:
     def run(self, program: Program) -> Program:
         output = program.graph.output_node()
         (logits,) = output.all_input_nodes
-        if (
-            logits.target is collect_rows and logits.kwargs["dim"] == 1
-        ):  # of one token each there are no rows to collect
+        if logits.target is collect_rows and logits.kwargs["dim"] == 1:
+            # of one token each there are no rows to collect
             (rows,) = [source for source in logits.all_input_nodes if isinstance(source.meta["val"], Value)]
             output.replace_input_with(logits, rows)
             program.graph.erase_node(logits)
@@ -104,8 +104,7 @@ def _of_each(program: Program, place: fx.Node, last: fx.Node) -> fx.Node:
             own = program.graph.call_function(own_last_token, given, options)
             partial = _of_one_token(layout)
             own.meta = {**meta, "layout": Layout(partial.dims, partial.partial | set(rows.axes))}
-            axis = rows.axes[0] if len(rows.axes) == 1 else rows.axes
-            picked = program.graph.call_function(all_reduce, (own, axis))
+            picked = program.graph.call_function(all_reduce, (own, axis_argument(rows.axes)))
     picked.meta = meta
     for user in users:
         user.replace_input_with(place, picked)
@@ -136,7 +135,7 @@ def _is_per_token(program: Program, node: fx.Node) -> bool:
     value = node.meta.get("val")
     if not isinstance(value, Value):
         return True  # an integer such as the length: not something to look behind
-    return any(program.symbols["sequence"] in getattr(size, "free_symbols", ()) for size in value.shape)
+    return any(program.symbols["sequence"] in symbols_of(size) for size in value.shape)
 
 
 def _next(node: fx.Node) -> fx.Node:

@@ -1,4 +1,4 @@
-"""The overlap pass: an exchange of experts is under way while the rank computes what does not wait for it.
+"""The overlap pass: tokens travel to and from experts while the rank computes what does not wait for them.
 
     expert_send            expert_send(ahead)       tokens leave
     its experts            shared experts, half     meanwhile
@@ -7,13 +7,13 @@
     sum                    shared experts, half     meanwhile
                            landed; sum
 
-Tokens that all ranks gather, and sums that are scattered, go the same way: collect_rows(ahead) of the tokens, and
-scatter_rows(ahead), with the choices and gates, which are small, before them.
+Tokens that are gathered and sums that are scattered overlap in the same way: collect_rows(ahead) of the tokens, and
+scatter_rows(ahead). Choices and gates, which are small, are gathered before them.
 
-Ranks meet where an exchange begins, and wait where it has landed, as with torch's functional collectives: the order of
-meetings, which is proven, is that of the graph, the same on all ranks. What is moved depends on no exchange and
-communicates with nobody; each op does what it did. Where nothing stands beside the experts, nothing changes.
-Exchanges hidden behind other work: arXiv:2412.19437, section 3.2.1.
+`ahead` starts a collective and `landed` waits for it, as with torch's functional collectives. Collectives keep their
+order in the graph, which is the same on all ranks and is proven. The ops that are moved neither depend on an exchange
+nor communicate. Where nothing stands beside the experts, nothing changes. Exchanges hidden behind other work:
+arXiv:2412.19437, section 3.2.1.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ _STEPS = 16
 
 @dataclass(frozen=True)
 class Overlap:
-    """See the module's docstring. Runs on a program whose collectives are placed. gathers: whether what is gathered
-    goes so, too: of single tokens it is too little.
+    """See the module's docstring. Runs on a program whose collectives are placed.
+
+    gathers: whether gathers and scatters overlap too; those of single tokens are too small to gain by it.
     """
 
     name: ClassVar[str] = "overlap"

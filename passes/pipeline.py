@@ -1,11 +1,11 @@
 """The pipeline pass: marks which stage computes each node; the graph itself stays whole.
 
     node.meta["stages"]    {0}, {1}, ...; several for what is made of inputs, which each stage computes for itself
-    program.stages         weight -> the stages that hold it: chosen by cost on the first program, taken over by others
-    the vocabulary head    where its rows are shared out, {number of stages}: all of them compute it together
+    program.stages         weight -> the stages that hold it: chosen by cost for the first entry, reused by the others
+    the vocabulary head    where its rows are divided among all stages, {number of stages}: they compute it together
 
-Sends and receives belong to the schedule, not to the graph: `compile.emit` cuts it, and `runtime.pipeline` runs the
-stages one behind the other. GPipe: arXiv:1811.06965, section 2.
+Sends and receives belong to the schedule, not to the graph: `compile.emit` cuts the graph, and `runtime.pipeline` runs
+the stages one behind the other. GPipe: arXiv:1811.06965, section 2.
 """
 
 from __future__ import annotations
@@ -29,11 +29,14 @@ _BALANCE = ("prefill", "decode")
 
 @dataclass(frozen=True)
 class Pipeline:
-    """balance: what stages are to take equally long for, "prefill" or "decode"; None: decode where the model is causal.
+    """See the module's docstring.
 
-    stage_weights: how fast the ranks of each stage are, relative to each other. stage_starts: modules or weights at
-    which the second stage and those after it begin. share_head: whether all stages share out the rows of the vocabulary
-    head; None: in decode, where the slowest stage gains by it.
+    - balance: for which entry all stages should take equally long, "prefill" or "decode"; None: "decode" if the model
+      is causal.
+    - stage_weights: how fast the ranks of each stage are, relative to each other. Empty: all alike.
+    - stage_starts: modules or weights at which the second stage and the later ones begin. Empty: chosen by cost.
+    - share_head: whether the rows of the vocabulary head are divided among all stages; None: in decode, where the
+      slowest stage gains by it.
     """
 
     name: ClassVar[str] = "pipeline"

@@ -1,14 +1,14 @@
-"""The sequence-parallel pass: between row-parallel and column-parallel linears, each rank has its own tokens.
+"""The sequence-parallel pass: between a row-parallel and a column-parallel linear, each rank has its own tokens.
 
     z = all_reduce(z, "tp"); h = norm(x + z); y = linear(h, w[F/n, H])           activations whole on every rank
     z_i = scatter_rows(z, "tp"); h_i = norm(x_i + z_i); h = collect_rows(h_i)    1/n of them, and of the work
     y = linear(h, w[F/n, H])
 
-A reduce-scatter and an all-gather are what an all-reduce is made of, so the bytes are the same where n divides the
-tokens. Korthikanti et al. (arXiv:2205.05198, section 4.2.2), with the row-wise regions found by layouts: every op that
-works token by token keeps a rank's own tokens, the first that does not gets those of all. For prompts and whole texts;
-a single token has no sequence to deal out. Where the ranks of sp have tokens of their own already, those of tp share
-these out.
+An all-reduce is a reduce-scatter and an all-gather, so the bytes are the same where n divides the tokens. Megatron's
+sequence parallelism (arXiv:2205.05198, section 4.2.2), with the regions found by layouts: an op that works token by
+token keeps a rank's own tokens, and the first op that does not gets the tokens of all ranks. For prompts and whole
+texts: a single token has no sequence to divide. Where tokens are divided over sp already, the ranks of tp divide each
+part further.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from partitioner.analysis.layouts.infer_layout import Layouts
 from partitioner.analysis.layouts.memoise import Inferrer
 from partitioner.compile.insert_collectives import Rewriter
 from partitioner.errors import LayoutError, PlanError
-from partitioner.program.node_arguments import node_values, operation
+from partitioner.program.node_arguments import node_values, operation, symbols_of
 from partitioner.program.program import Program, Value
-from partitioner.proof.layouts import layout_or_problem
-from partitioner.sharding.layout import REPLICATED, Layout, Rows
+from partitioner.proof.layouts import infer_layouts, layout_or_problem
+from partitioner.sharding.layout import Layout, Rows
 from runtime.ops.collectives import all_reduce
 from runtime.ops.communicating import read_call
 from runtime.ops.rows import scatter_rows
@@ -41,7 +41,7 @@ KIND = "sequence"
 
 @dataclass(frozen=True)
 class SequenceParallel:
-    """See the module's docstring. axis: whose ranks share out the tokens between its own linears."""
+    """See the module's docstring. axis: the tensor-parallel axis, whose ranks divide the tokens between its linears."""
 
     name: ClassVar[str] = "sequence-parallel"
     axis: str = "tp"
@@ -60,7 +60,7 @@ class _Run:
         self.program, self.axis = program, axis
         self.symbol = program.symbols[KIND]
         self.whole: Layouts = {}
-        """How each value was held."""
+        """How each value was held, before its tokens were shared out."""
         self.now: Layouts = {}
         self.rewriter = Rewriter(program, self.now)
         self.inferrer = Inferrer(program)
@@ -68,10 +68,8 @@ class _Run:
     def run(self) -> None:
         for node in list(self.program.graph.nodes):
             self._sink(node)
-        nodes = list(self.program.graph.nodes)
-        for node in nodes:
-            self._note(node)
-        for node in nodes:
+        self.whole = infer_layouts(self.program, self.inferrer)
+        for node in list(self.program.graph.nodes):
             if node.op == "output":
                 self._give_whole(node)
             elif node not in self.whole:
@@ -101,18 +99,6 @@ class _Run:
             # what it was laid out as no longer is
             for each in (user, node):
                 each.meta.pop("layout", None)
-
-    def _note(self, node: fx.Node) -> None:
-        if node.op == "placeholder":
-            self.whole[node] = REPLICATED(len(node.meta["val"].shape))
-        elif node.op == "get_attr":
-            shape = self.program.weights[str(node.target)].shape
-            self.whole[node] = self.program.weight_layouts.get(str(node.target), REPLICATED(len(shape)))
-        elif node.op == "call_function" and node_values(node):
-            found = layout_or_problem(self.program, node, self.whole, self.inferrer)
-            if isinstance(found, str):
-                raise LayoutError(f"{node.name}: {found}")
-            self.whole[node] = found[0]
 
     def _is_reduction(self, node: fx.Node) -> bool:
         """Whether its result, needed by every rank, can be each rank's own tokens of it."""
@@ -182,7 +168,7 @@ class _Run:
     def _tokens(self, value: Any) -> int | None:
         """The one dim that runs over tokens, and over nothing else."""
         dims = [i for i, size in enumerate(value.shape) if size == self.symbol]
-        merged = [size for size in value.shape if size != self.symbol and self.symbol in _symbols(size)]
+        merged = [size for size in value.shape if size != self.symbol and self.symbol in symbols_of(size)]
         return dims[0] if len(dims) == 1 and not merged else None
 
     def _with_rows(self, node: fx.Node) -> Any:
@@ -211,7 +197,3 @@ class _Run:
             if each
             for dim in each.dims
         )
-
-
-def _symbols(size: Any) -> frozenset[Any]:
-    return frozenset() if isinstance(size, int) else frozenset(size.free_symbols)

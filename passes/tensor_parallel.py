@@ -4,8 +4,9 @@
     z[B,S,H]   = linear(y, w[H, F/n])       row-parallel: each rank holds columns of w, z is a partial sum
     z          = all_reduce(z, "tp")
 
-Which weights are split, where, and into which (uneven, shared) parts the label analysis decides; this pass carries it
-out. Megatron-LM (arXiv:1909.08053, section 3), without tables of modules.
+The label analysis decides which weights are split, along which dim, and into which parts, which may be uneven and may
+overlap. This pass carries that out, for the weights of experts over etp as well. Megatron-LM (arXiv:1909.08053, section
+3), without tables of modules.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from partitioner.errors import PlanError
 from partitioner.program.node_arguments import arguments, node_values, operation
 from partitioner.program.program import Entry, Program
 from partitioner.sharding.index_set import IndexSet
-from partitioner.sharding.layout import REPLICATED, Layout, Split, in_order, points
+from partitioner.sharding.layout import Layout, Split, in_order, points
 from runtime.ops.attention import attention
 from runtime.ops.embedding import vocab_parallel_embedding
 
@@ -39,7 +40,11 @@ __all__ = ["TensorParallel"]
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """keep_whole: weight name -> why it stays whole on every rank."""
+    """See the module's docstring.
+
+    - axis: the mesh axis over which weights are split.
+    - keep_whole: names of weights to leave replicated, each with the reason for the report.
+    """
 
     name: ClassVar[str] = "tensor-parallel"
     axis: str = "tp"
@@ -63,8 +68,10 @@ class TensorParallel:
         return program
 
     def _place(self, program: Program) -> tuple[Decisions, Placement]:
-        """Decides and lays out; where an op cannot be made local, keeps more together, and in the end its weights
-        whole.
+        """The splits, and where collectives go.
+
+        Where an op cannot run on a rank's part alone, the next round keeps more indices together there; if that does
+        not help, it leaves the weights of the op replicated.
         """
         keep_whole = dict(self.keep_whole)
         blocks = find_blocks(program, apart=keep_whole)
@@ -130,7 +137,7 @@ class TensorParallel:
 
 
 def _layout(program: Program, name: str, splits: dict[int, Split]) -> Layout:
-    layout = program.weight_layouts.get(name, REPLICATED(len(program.weights[name].shape)))
+    layout = program.layout_of(name)
     for dim, split in splits.items():
         layout = layout.with_dim(dim, split)
     return layout
@@ -152,9 +159,6 @@ class _Rewriting(Rewriter):
 
     def run(self) -> None:
         for node in list(self.program.graph.nodes):
-            held = self.placement.held.get(node)
-            if held is not None:
-                wanted, self.layouts[node] = self.layouts[node], held
             for source, required in self.placement.requires.get(node, ()):
                 self.provide(node, source, required)
             if node.op == "call_function":
@@ -165,8 +169,6 @@ class _Rewriting(Rewriter):
                 node.meta["layout"] = layout if not axes else _as_partial(layout, axes)
             if axes:
                 self.complete(node, axes)
-            if held is not None:
-                self.hold(node, wanted)
         self.program.graph.lint()
 
     def _rewrite(self, node: fx.Node) -> None:

@@ -24,8 +24,8 @@ import transformers
 from benchmarks.compiling.scale import LLAMA
 from benchmarks.support.rounds import take_turns
 from partitioner.compile.emit import Emitter
-from partitioner.compile.partition import trace
 from partitioner.compile.pass_manager.choose_passes import choose
+from partitioner.compile.tracing.trace import trace
 from partitioner.program.program import Program
 from partitioner.proof.layouts import check
 from partitioner.proof.meetings import check_meetings

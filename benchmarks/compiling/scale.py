@@ -29,7 +29,8 @@ import transformers
 from torch.export import Dim
 
 from partitioner import Plan
-from partitioner.compile.partition import compile_program, trace
+from partitioner.compile.partition import compile_program
+from partitioner.compile.tracing.trace import trace
 
 PLANS = {"llama-8b": Plan.parse("tp=2")}
 PLAN = Plan.parse("tp=8")

@@ -27,12 +27,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from benchmarks.support.live_bytes import LiveBytes
 from partitioner import CacheSize, Parts, Plan, partition
 from partitioner.planning.cluster import Cluster
 from partitioner.planning.pricing.price import Pricer
@@ -67,31 +64,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixtral": EXPERTS,
     "qwen3_moe": EXPERTS,
 }
-
-
-class LiveBytes(TorchDispatchMode):
-    """The most bytes of results that were alive at the same time, and which op made the last of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.most, self.at = 0, ""
-        self._live: dict[StorageWeakRef, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        given = {_storage(each) for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
-        for each in tree_leaves(made):
-            if isinstance(each, Tensor) and (found := _storage(each)) not in given:
-                self._live[found] = each.untyped_storage().nbytes()
-        self._live = {storage: size for storage, size in self._live.items() if not storage.expired()}
-        now = sum(self._live.values())
-        if now > self.most:
-            self.most, self.at = now, str(func)
-        return made
-
-
-def _storage(x: Tensor) -> StorageWeakRef:
-    return StorageWeakRef(x.untyped_storage())
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from partitioner.analysis.stages.choose_cuts import LINK, MEETING
-from partitioner.compile.partition import compile_program, trace
+from partitioner.compile.partition import compile_program
+from partitioner.compile.tracing.trace import trace
 from partitioner.program.plan import Plan
 from partitioner.program.program import Program
 

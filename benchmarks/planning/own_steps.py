@@ -36,7 +36,7 @@ import numpy as np
 
 from benchmarks.planning.models import SHAPES, summary_of
 from benchmarks.support.step_shapes import CASES, FITTED, model_of
-from partitioner.compile.partition import trace
+from partitioner.compile.tracing.trace import trace
 from partitioner.planning.cluster import Cluster
 from partitioner.planning.pricing.own_steps import OWN_STEPS, OwnSteps, StepShares
 from partitioner.planning.pricing.price import Pricer

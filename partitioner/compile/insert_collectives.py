@@ -26,12 +26,12 @@ from partitioner.analysis.layouts.infer_layout import Layouts, disjoint
 from partitioner.analysis.layouts.localise import Scaled
 from partitioner.analysis.layouts.merged_rows import sequences_in_order
 from partitioner.errors import LayoutError
-from partitioner.program.node_arguments import evaluate, operation
+from partitioner.program.node_arguments import evaluate
 from partitioner.program.program import Entry, Program, Value
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import Layout, Rows, Split, in_order, points
 from runtime.ops.collectives import all_gather, all_reduce
-from runtime.ops.communicating import read_call
+from runtime.ops.communicating import Axes, axis_argument, read_call
 from runtime.ops.local import once, reorder, shard
 from runtime.ops.rows import collect_rows, scatter_rows, take_rows
 
@@ -81,17 +81,6 @@ class Rewriter:
         for user in users:
             user.replace_input_with(node, reduced)
         self._completed[node] = reduced
-
-    def hold(self, node: fx.Node, layout: Layout) -> None:
-        """Makes every user of `node` see it in the given layout; who needs it as it comes still gets that."""
-        current = self._completed.get(node, node)
-        # who reads a size keeps that of the whole
-        users = [user for user in current.users if operation(user) is not aten.sym_size]
-        held = self.converted(current, layout)
-        for user in users:
-            user.replace_input_with(current, held)
-        self._completed[node] = held
-        self._made[held, self.layouts[current]] = current
 
     def scaled(self, node: fx.Node, size: Scaled) -> fx.Node:
         """Inserts local * (symbolic size // whole) before `node`."""
@@ -289,27 +278,25 @@ class Rewriter:
         return self._latest_size or [n for n in self.program.graph.nodes if n.op == "placeholder"][-1]
 
 
-def _over(axes: Iterable[str]) -> str | tuple[str, ...]:
-    """As graphs name axes: one by its name, several as a tuple."""
-    found = in_order(axes)
-    return found[0] if len(found) == 1 else found
+def _over(axes: Iterable[str]) -> Axes:
+    return axis_argument(in_order(axes))
 
 
 OVER_AXES = (all_reduce, once, take_rows, collect_rows)
 """Ops that `over_other_axes` knows."""
 
 
-def over_other_axes(program: Program, node: fx.Node, own: fx.Node, gone: frozenset[str], *, total: Any = None) -> bool:
-    """Makes `node` work on `own` over its axes that are not `gone`; False, and left as it is, where there are none.
+def over_other_axes(program: Program, node: fx.Node, own: fx.Node, summed: frozenset[str], *, total: Any) -> bool:
+    """Makes `node` work on `own` over its axes that are not `summed`; False, and left as it is, where there are none.
 
     all_reduce(x, ("sp", "tp"))       a sum over tp        what it was over sp has been summed elsewhere
     once(x, first)                    once in a sum over tp
     take_rows(x, axes=["sp", "tp"])   of own tokens, those that a rank of tp is to send
     collect_rows(x, total, ..)        own tokens again; `total`: how many of these there are
 
-    total: of collect_rows, how many tokens `own` is a part of.
+    total: of collect_rows, how many tokens `own` is a part of; None for the others.
     """
-    left = tuple(axis for axis in _axes(program, node) if axis not in gone)
+    left = tuple(axis for axis in _axes(program, node) if axis not in summed)
     if not left:
         return False
     parts = program.mesh.size(*left)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from partitioner.errors import PlanError
@@ -11,21 +12,28 @@ from partitioner.errors import PlanError
 if TYPE_CHECKING:  # a plan is checked without torch
     from partitioner.program.program import Program
 
-__all__ = ["select"]
+__all__ = ["matching", "select"]
 
 
 def select(program: Program, globs: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """The weights that globs of names (or of modules, or of aliases) select, each with the glob as its reason."""
     found: dict[str, str] = {}
     for glob in globs:
-        names = {w.name: (w.name, *w.aliases) for w in program.weights.values()}
-        hits = [n for n, known in names.items() if any(_matches(name, glob) for name in known)]
+        hits, near = matching(program, glob, program.weights)
         if not hits:
-            known = {part for aliases in names.values() for name in aliases for part in _prefixes(name)}
-            near = ", ".join(_near(glob, known)) or "nothing"
             raise PlanError(f"keep_whole={glob!r} matches no weight; near it: {near}")
         found.update(dict.fromkeys(hits, f"kept whole by the plan ({glob})"))
     return tuple(sorted(found.items()))
+
+
+def matching(program: Program, glob: str, among: Iterable[str]) -> tuple[list[str], str]:
+    """Those of the weights `among` that a glob selects; where there are none, the names that may have been meant."""
+    names = {name: (name, *program.weights[name].aliases) for name in among}
+    hits = [name for name, known in names.items() if any(_matches(each, glob) for each in known)]
+    if hits:
+        return hits, ""
+    known = {part for aliases in names.values() for name in aliases for part in _prefixes(name)}
+    return [], ", ".join(_near(glob, known)) or "nothing"
 
 
 def _near(glob: str, names: set[str]) -> list[str]:

@@ -80,7 +80,6 @@ class Kernels:
     bytes_per_s: float
     flops_per_s: Mapping[str, float]
     grids: Mapping[tuple[str, str], Grid]
-    launch_s: float = 0.0
 
     def measured(self, kind: str, dtype: str) -> bool:
         return (kind, dtype) in self.grids
@@ -154,6 +153,6 @@ def fitted_grids(device: str) -> Mapping[tuple[str, str], Grid]:
     }
 
 
-def kernels_of(device: str, bytes_per_s: float, flops_per_s: Mapping[str, float], *, fitted: str = "") -> Kernels:
+def kernels_of(device: str, bytes_per_s: float, flops_per_s: Mapping[str, float], *, fitted: str) -> Kernels:
     """fitted: the name of its tables, "" for none."""
     return Kernels(device, bytes_per_s, flops_per_s, fitted_grids(fitted) if fitted else {})

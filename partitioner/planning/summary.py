@@ -21,7 +21,8 @@ from torch import fx
 from partitioner.analysis.cost.expressions import EXPERTS, MET, PAST, ROUTED, Expressions, NodeExpression
 from partitioner.analysis.cost.live_results import Live, chain, fused_chain, live_results
 from partitioner.analysis.cost.products import LATENT
-from partitioner.compile.partition import compile_program, trace
+from partitioner.compile.partition import compile_program
+from partitioner.compile.tracing.trace import trace
 from partitioner.errors import PlanError
 from partitioner.program.node_arguments import arguments, node_values, operation
 from partitioner.program.plan import Plan

@@ -1,4 +1,4 @@
-"""What all the others speak of: the Program, its values, weights and states; the Plan; the ranks that come of both.
+"""The Program with its values, weights and states; the Plan; the ranks of both: what all other rooms use.
 
 Nothing is imported here: a Plan needs no torch, and a Program does.
 """

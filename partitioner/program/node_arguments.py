@@ -16,7 +16,17 @@ from torch import fx
 
 from partitioner.program.program import Value
 
-__all__ = ["arguments", "describe", "evaluate", "layer_of", "node_values", "operation", "shape_at"]
+__all__ = [
+    "arguments",
+    "describe",
+    "evaluate",
+    "layer_of",
+    "map_nodes",
+    "node_values",
+    "operation",
+    "shape_at",
+    "symbols_of",
+]
 
 Symbols = Mapping[sympy.Symbol, int]
 
@@ -83,6 +93,11 @@ def evaluate(expression: int | sympy.Expr, symbols: Symbols) -> int:
         others = {symbol: 1 for symbol in expression.free_symbols if symbol not in symbols}
         _cache[key] = int(expression.subs({**symbols, **others}))
     return _cache[key]
+
+
+def symbols_of(size: Any) -> frozenset[sympy.Symbol]:
+    """The symbols in a size, or in anything else that a node may yield: none in an integer."""
+    return frozenset(size.free_symbols) if isinstance(size, sympy.Basic) else frozenset()
 
 
 def shape_at(value: Value, symbols: Symbols) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ WEIGHTS = ("expanded", "stored")
 CACHES = ("auto", "expanded", "latent")
 """What ranks remember of the keys and values of a token."""
 SP_ATTENTION = ("auto", "ring", "gather", "ulysses", "ring-ulysses")
-"""How attention goes over a sequence that ranks share out."""
+"""How queries reach the keys of a sequence that is divided over sp."""
 
 
 @runtime_checkable
@@ -50,11 +50,12 @@ Choice = str | tuple[str, Options] | Pass
 class Plan:
     """Degrees of parallelism, and passes.
 
-    - tp: tensor-parallel ranks. pp: pipeline stages. sp: ranks that share out the tokens of each sequence.
-    - dp: replicas of all these; by default as many as the experts' ranks need, otherwise one. If experts are not shared
-      out over them, replicas are worlds of their own, see `replicas`.
-    - ep: ranks that share out the experts of each layer. etp: ranks that share out each expert's matrices. Experts use
-      the same ranks, so ep x etp must divide dp x sp x tp.
+    - tp: tensor-parallel ranks. pp: pipeline stages. sp: ranks that divide the tokens of each sequence (context
+      parallelism).
+    - dp: replicas of all these; by default as many as the experts' ranks need, otherwise one. Replicas that share no
+      experts are independent of each other, see `replicas`.
+    - ep: ranks that divide the experts of each layer. etp: ranks that divide each expert's matrices. Experts use the
+      same ranks as attention, so ep x etp must divide dp x sp x tp.
     - sp_attention: how queries of one rank reach the keys of others: "ring", "gather", "ulysses", "ring-ulysses" (both
       at once over two factors of sp), or "auto".
     - keep_whole: globs of names of weights that are replicated.
@@ -120,7 +121,7 @@ class Plan:
 
     @property
     def replicas(self) -> int:
-        """How many worlds there are that have nothing to tell each other: what experts do not need of dp."""
+        """How many independent copies there are, with process groups of their own: dp without what experts need."""
         return self.degree("dp") // self._least_dp
 
     @property
@@ -175,19 +176,23 @@ class Plan:
 
     def __str__(self) -> str:
         """What `parse` takes; a pass whose options cannot be written so is written as Python has it."""
-        said = [f"{axis}={n}" for axis, n in self.mesh.degrees.items() if axis != "dp" or not self.dp_follows]
-        if self.sp_attention != "auto":
-            said.append(f"sp_attention={self.sp_attention}")
-        if self.keep_whole:
-            said.append(f"keep_whole={write_value(self.keep_whole)}")
-        if self.weights != "expanded":
-            said.append(f"weights={self.weights}")
-        if self.cache != "auto":
-            said.append(f"cache={self.cache}")
+        said = [f"{axis}={n}" for axis, n in self._degrees_given.items()]
+        said += [f"{name}={write_value(value)}" for name, value in self._fields_given.items()]
         for chosen in self.passes:
             name, options = _named(chosen)
             said += [f"{name}.{option}={write_value(value)}" for option, value in options] or [name]
         return ",".join(said) or "tp=1"
+
+    @property
+    def _degrees_given(self) -> dict[str, int]:
+        """The axes with more than one rank, without a dp that follows from the others."""
+        return {axis: n for axis, n in self.mesh.degrees.items() if axis != "dp" or not self.dp_follows}
+
+    @property
+    def _fields_given(self) -> dict[str, Any]:
+        """The fields beside degrees and passes that are not as by default."""
+        given = {field.name: (vars(self)[field.name], field.default) for field in fields(self) if field.name in _FIELDS}
+        return {name: value for name, (value, default) in given.items() if value != default}
 
     @property
     def dp_follows(self) -> bool:
@@ -195,17 +200,10 @@ class Plan:
         return self.dp == self._least_dp
 
     def __repr__(self) -> str:
-        said = [f"{axis}={n}" for axis, n in self.mesh.degrees.items() if axis != "dp" or not self.dp_follows]
+        said = [f"{axis}={n}" for axis, n in self._degrees_given.items()]
         if self.tp == 1:
             said.append("tp=1")
-        if self.sp_attention != "auto":
-            said.append(f"sp_attention={self.sp_attention!r}")
-        if self.keep_whole:
-            said.append(f"keep_whole={self.keep_whole}")
-        if self.weights != "expanded":
-            said.append(f"weights={self.weights!r}")
-        if self.cache != "auto":
-            said.append(f"cache={self.cache!r}")
+        said += [f"{name}={value!r}" for name, value in self._fields_given.items()]
         if self.passes:
             said.append(f"passes=[{', '.join(map(_said, self.passes))}]")
         return f"Plan({', '.join(said)})"

@@ -24,7 +24,7 @@ from torch import fx
 
 from partitioner.program.copy_nodes import copy_graph
 from partitioner.program.stages import StageTable
-from partitioner.sharding.layout import Layout, Rows
+from partitioner.sharding.layout import REPLICATED, Layout, Rows
 from partitioner.sharding.mesh import Mesh
 from partitioner.sharding.split_class import SplitClass
 from runtime.program.rank_program import Bound
@@ -51,7 +51,7 @@ class Input:
     """An explicit input: its name (a keyword of the run), its value, and what stands in where the user gives none.
 
     default: "required" | "arange" (0..S-1 per row) | "ones" | "zeros"
-    bound: the values that it may have; see `partitioner.compile.input_bounds`
+    bound: the values that it may have; see `partitioner.compile.tracing.input_bounds`
     without: the token besides which the default is not what the model does without this input; None: there is none
     """
 
@@ -269,6 +269,10 @@ class Program:
     def own_batch(self) -> Rows | None:
         """The sequences that a rank has of its own; None: every rank has the same."""
         return Rows(self.batch_axes, "batch") if self.batch_axes else None
+
+    def layout_of(self, weight: str) -> Layout:
+        """How ranks hold a weight: replicated where no pass has split it."""
+        return self.weight_layouts.get(weight) or REPLICATED(len(self.weights[weight].shape))
 
     def given(self, value: Value) -> Layout:
         """How ranks hold an input, or a result that is not split, of this shape."""

@@ -50,7 +50,7 @@ class Ranks(ABC):
 
     @property
     def replicas(self) -> int:
-        """How many times these ranks stand side by side, each time as a world of its own."""
+        """How many independent copies of these ranks there are, each with process groups of its own."""
         return 1
 
     @abstractmethod

@@ -91,20 +91,24 @@ def crossings(graph: fx.Graph, count: int) -> tuple[tuple[fx.Node, ...], ...]:
         made = stages_of(node)
         if not made or not made <= set(range(count)):
             raise LayoutError(f"node {node.name!r} belongs to the stages {sorted(made)}; there are 0 to {count - 1}")
-        wanted: set[int] = set()
-        for user in node.users:
-            for stage in [count - 1] if user.op == "output" else stages_of(user):
-                if stage not in made:
-                    if min(made) > stage:
-                        raise LayoutError(
-                            f"node {user.name!r} of stage {stage} needs {node.name!r}, which is computed on stage "
-                            f"{min(made)} only: values go from a stage to later ones"
-                        )
-                    wanted.add(stage)
-        for stage in wanted:
+        for stage in _read_on(node, count) - made:
             # from the latest stage that has it
             start = max(each for each in made if each < stage)
             for boundary in range(start, stage):
                 if node not in found[boundary]:
                     found[boundary].append(node)
     return tuple(map(tuple, found))
+
+
+def _read_on(node: fx.Node, count: int) -> frozenset[int]:
+    """The stages that read what `node` yields. Raises `LayoutError` where one of them is before all that compute it."""
+    found: frozenset[int] = frozenset()
+    for user in node.users:
+        stages = frozenset({count - 1}) if user.op == "output" else stages_of(user)
+        if stages and min(stages) < (first := min(stages_of(node))):
+            raise LayoutError(
+                f"node {user.name!r} of stage {min(stages)} needs {node.name!r}, which is computed on stage {first} "
+                "only: values go from a stage to later ones"
+            )
+        found |= stages
+    return found

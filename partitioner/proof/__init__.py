@@ -1,1 +1,1 @@
-"""What is checked before anything runs, and the means to compare in float64."""
+"""Static checks before anything runs, and comparing in float64."""

@@ -16,14 +16,13 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import sympy
 from torch import fx
 
 from partitioner.analysis.layouts.infer_experts import ROUTED
 from partitioner.analysis.layouts.infer_layout import Layouts, sizes_read
 from partitioner.analysis.layouts.merged_rows import sequences_in_order
 from partitioner.errors import LayoutError
-from partitioner.program.node_arguments import arguments
+from partitioner.program.node_arguments import arguments, symbols_of
 from partitioner.program.program import Entry, Program
 from partitioner.proof.experts import require_landed
 from partitioner.proof.per_rank_integers import at, expect
@@ -122,15 +121,11 @@ def _counts_rows_of(program: Program, node: fx.Node, of: Rows | None, layouts: L
     """Whether the numbers of rows that the node is told are read off what has the rows `of`; None: of all ranks."""
     known = {} if of is None else {program.symbols.get(each.levels[0].kind): each for each in of.by_dim}
     for read, dim in sizes_read(node):
-        wanted = [rows for symbol, rows in known.items() if symbol in _symbols(read.meta["val"].shape[dim])]
+        wanted = [rows for symbol, rows in known.items() if symbol in symbols_of(read.meta["val"].shape[dim])]
         held = layouts[read].dims[dim]
         if (list(held.by_dim) if isinstance(held, Rows) else []) != wanted:
             return False
     return None not in known
-
-
-def _symbols(size: Any) -> frozenset[Any]:
-    return frozenset(size.free_symbols) if isinstance(size, sympy.Expr) else frozenset()
 
 
 def _scatter_rows(program: Program, node: fx.Node, layouts: Layouts) -> Layout:

@@ -14,7 +14,6 @@ Layouts say that rows are routed over an axis; which experts a rank has is in th
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 from torch import fx
@@ -23,7 +22,8 @@ from partitioner.analysis.layouts.infer_experts import OWN
 from partitioner.analysis.layouts.infer_layout import Layouts
 from partitioner.errors import LayoutError
 from partitioner.program.node_arguments import arguments
-from partitioner.program.program import Entry, PerRankInt, Program
+from partitioner.program.program import Entry, Program
+from partitioner.proof.per_rank_integers import Checks, expect
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import Rows, Split
 from runtime.ops.collectives import landed
@@ -71,7 +71,7 @@ def _check_route(program: Program, node: fx.Node, layouts: Layouts) -> None:
     if node.target is expert_send and a["ahead"]:
         require_landed(node, [user for user in node.users if user.args[1] != 3])
     if node.target is localise_experts:
-        _expect(program, node, a["rank"], Entry(0, axes, tuple(range(ranks))))
+        expect(program, node, "rank", a["rank"], Entry(0, axes, tuple(range(ranks))))
 
 
 def _check_dispatch(program: Program, node: fx.Node, layouts: Layouts) -> None:
@@ -81,7 +81,7 @@ def _check_dispatch(program: Program, node: fx.Node, layouts: Layouts) -> None:
         return
     counts = tuple(arguments(route)["counts"])
     whole = max(arguments(route)["experts"]) + 1
-    _expect(program, node, a["num_experts"], Entry(whole, _axes_of(route), counts))
+    expect(program, node, "num_experts", a["num_experts"], Entry(whole, _axes_of(route), counts))
     if route.target is expert_send and _route(a["hidden"], 0) is not route:
         raise LayoutError(f"node {node.name!r} sorts {a['hidden'].name!r} by the choices of others: {route.name!r}")
 
@@ -169,14 +169,7 @@ def _name(node: fx.Node | None) -> str:
     return "no exchange" if node is None else repr(node.name)
 
 
-def _expect(program: Program, node: fx.Node, given: Any, wanted: Entry) -> None:
-    entry = program.table[given.name] if isinstance(given, PerRankInt) else Entry(given, (), (given,))
-    same = entry == wanted or (not entry.axes and set(wanted.values) == {given})
-    if not same:
-        raise LayoutError(f"node {node.name!r}: the ranks' integers must be {wanted}, got {entry}")
-
-
-EXPERT_CHECKS: dict[Any, Callable[[Program, fx.Node, Layouts], None]] = {
+EXPERT_CHECKS: Checks = {
     localise_experts: _check_route,
     expert_send: _check_route,
     expert_dispatch: _check_dispatch,

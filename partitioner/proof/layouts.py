@@ -22,27 +22,25 @@ from partitioner.analysis.rules import notation
 from partitioner.analysis.rules.data_movement import is_move
 from partitioner.errors import LayoutError
 from partitioner.program.node_arguments import arguments, describe, evaluate, node_values, operation
-from partitioner.program.program import Entry, PerRankInt, Program, Value
+from partitioner.program.program import PerRankInt, Program, Value
 from partitioner.proof.dealt_rows import ROWS
 from partitioner.proof.experts import EXPERT_CHECKS
-from partitioner.proof.per_rank_integers import at, expect
+from partitioner.proof.per_rank_integers import INTEGERS, Checks, at, expect, sizes_entry
 from partitioner.proof.sequences import SEQUENCE_CHECKS
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import REPLICATED, Layout, Rows, Split, in_order, points
-from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.communicating import as_axes, read_call
-from runtime.ops.embedding import vocab_parallel_embedding
 from runtime.ops.local import once, reorder, shard
-from runtime.ops.rows.sequence_attention import cached_sequence_attention, sequence_attention
+from runtime.ops.rows.sequence_attention import cached_sequence_attention
 from runtime.ops.state import cache_append, state_read, state_write
 from runtime.ops.state.latent_attention import latent_attention
 from runtime.ops.state.latent_sequence_attention import latent_sequence_attention
 
 aten = torch.ops.aten
 
-__all__ = ["SPECIAL", "check", "check_entries", "layout_or_problem"]
+__all__ = ["SPECIAL", "check", "check_entries", "infer_layouts", "layout_or_problem"]
 
 
 def check(program: Program) -> None:
@@ -53,8 +51,7 @@ def check(program: Program) -> None:
         if node.op == "placeholder":
             layouts[node] = program.given(node.meta["val"])
         elif node.op == "get_attr":
-            name = str(node.target)
-            layouts[node] = program.weight_layouts.get(name, REPLICATED(len(program.weights[name].shape)))
+            layouts[node] = program.layout_of(str(node.target))
         elif node.op == "output":
             for source in node.all_input_nodes:
                 _require(node, source, layouts[source], program.output or program.given(source.meta["val"]))
@@ -115,7 +112,9 @@ def _infer(program: Program, node: fx.Node, layouts: Layouts, inferrer: Inferrer
     if is_move(node) and any(layouts[n].split_dims for n, _ in found.requires):  # noqa: SIM102 - two questions
         if not inferrer.moves_alike(node, layouts, found.outputs):
             raise LayoutError(f"{at(node)}: on some rank the move does not give {found.outputs[0]} of the whole result")
-    _check_integers(program, node, layouts)
+    for checks in _CHECKS:
+        if (also := checks.get(operation(node))) is not None:
+            also(program, node, layouts)
     return found.outputs[0] if isinstance(node.meta["val"], Value) else found.outputs
 
 
@@ -133,6 +132,25 @@ def layout_or_problem(
     if found.problem:
         return found.problem
     return (found.outputs[0] if isinstance(node.meta["val"], Value) else found.outputs), found.requires
+
+
+def infer_layouts(program: Program, inferrer: Inferrer) -> Layouts:
+    """The layout of every value of a program as it stands, for passes that place nodes anew.
+
+    Raises `LayoutError` where a rule has a problem; what operands must be is not looked at, as `check` does.
+    """
+    layouts: Layouts = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            layouts[node] = program.given(node.meta["val"])
+        elif node.op == "get_attr":
+            layouts[node] = program.layout_of(str(node.target))
+        elif node.op == "call_function" and node_values(node):
+            found = layout_or_problem(program, node, layouts, inferrer)
+            if isinstance(found, str):
+                raise LayoutError(f"{node.name}: {found}")
+            layouts[node] = found[0]
+    return layouts
 
 
 def _require_all_named(node: fx.Node, found: Inference, layouts: Layouts) -> None:
@@ -233,7 +251,7 @@ def _shard(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     if entry.whole != (0, size) or entry.axes != axes:
         raise LayoutError(misfit)
     if size != a["x"].meta["val"].shape[a["dim"]]:
-        expect(program, node, "period", a["period"], size if old is None else _sizes(old))
+        expect(program, node, "period", a["period"], size if old is None else sizes_entry(old))
     owned = []
     for ranges, place in zip(entry.values, points(program.mesh, axes), strict=True):
         held = range(size) if old is None else old.at(program.mesh, place).indices()
@@ -272,28 +290,7 @@ def _once(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     return Layout(layout.dims, layout.partial | set(entry.axes))
 
 
-# -- integers that layouts imply ---------------------------------------------------------------------------------------
-
-
-def _check_integers(program: Program, node: fx.Node, layouts: Layouts) -> None:
-    op = operation(node)
-    if op is vocab_parallel_embedding:
-        a = arguments(node)
-        rows = layouts[a["weight"]].dims[0]
-        expected = _starts(rows) if isinstance(rows, Split) else 0
-        expect(program, node, "start", a["start"], expected)
-    elif op in (attention, cached_attention, sequence_attention, cached_sequence_attention):
-        _check_kv_map(program, node, layouts)
-        if op in (cached_attention, cached_sequence_attention):
-            _check_states(program, node, layouts)
-    elif op in (latent_attention, latent_sequence_attention):
-        _check_latent(program, node)
-    elif op in (aten.conv1d, aten.conv2d, aten.convolution):
-        split = layouts[node.all_input_nodes[0]].dims[1] if arguments(node)["groups"] != 1 else None
-        if isinstance(split, Split):
-            expect(program, node, "groups", arguments(node)["groups"], _sizes(split))
-    if (also := EXPERT_CHECKS.get(op) or SEQUENCE_CHECKS.get(op)) is not None:
-        also(program, node, layouts)
+# -- caches and states -------------------------------------------------------------------------------------------------
 
 
 def _check_states(program: Program, node: fx.Node, layouts: Layouts) -> None:
@@ -308,7 +305,7 @@ def _check_states(program: Program, node: fx.Node, layouts: Layouts) -> None:
             raise LayoutError(f"{at(node)} writes {layout} to the state {name!r}, which is {got}")
 
 
-def _check_latent(program: Program, node: fx.Node) -> None:
+def _check_latent(program: Program, node: fx.Node, layouts: Layouts) -> None:
     """Every rank keeps all of what all heads read, of its own tokens where these are shared out."""
     a = arguments(node)
     axes = as_axes(a["axis"]) if "axis" in a else ()
@@ -343,35 +340,14 @@ def _through_state(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     return layout  # type: ignore[no-any-return]
 
 
-def _starts(rows: Split) -> Entry:
-    if not all(owned.is_interval for owned in rows.owned):
-        raise LayoutError(f"a look-up table is split into {rows}: each rank needs one run of rows")
-    return Entry(0, rows.axes, tuple(owned.intervals[0][0] if owned.intervals else 0 for owned in rows.owned))
-
-
-def _sizes(split: Split) -> Entry:
-    return Entry(None, split.axes, split.sizes)
-
-
-def _check_kv_map(program: Program, node: fx.Node, layouts: Layouts) -> None:
-    a = arguments(node)
-    q, k = (layouts[a[name]].split(1) for name in ("q", "k"))
-    if q is None:
-        return
-    heads, kv_heads = a["q"].meta["val"].shape[1], a["k"].meta["val"].shape[1]
-    via = dict(notation(node).operands[1].via).get("h") or tuple(range(heads))
-    entry = program.table[a["kv_map"].name] if isinstance(a["kv_map"], PerRankInt) else Entry(None, (), (None,))
-    mesh = program.mesh
-    for place in points(mesh, in_order((*q.axes, *(k.axes if k is not None else ()), *entry.axes))):
-        mine = q.at(mesh, place)
-        held = (k.at(mesh, place) if k is not None else IndexSet.range(0, kv_heads)).indices()
-        wanted = tuple(held.index(via[h]) for h in mine.indices())
-        given = entry.values[mesh.index(entry.axes, place)]
-        if given is None:
-            given = tuple(j * len(held) // max(len(wanted), 1) for j in range(len(wanted)))
-        if given != wanted:
-            raise LayoutError(f"{at(node)}: query heads {mine} must read local kv heads {wanted}, they read {given}")
-
+_CACHES: Checks = {
+    cached_attention: _check_states,
+    cached_sequence_attention: _check_states,
+    latent_attention: _check_latent,
+    latent_sequence_attention: _check_latent,
+}
+_CHECKS = (INTEGERS, _CACHES, EXPERT_CHECKS, SEQUENCE_CHECKS)
+"""By op, what must hold besides what its rule says."""
 
 SPECIAL = {
     all_reduce: _all_reduce,

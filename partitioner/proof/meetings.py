@@ -55,15 +55,13 @@ class Event:
         return f"node {self.node!r}, {what}{options}{f' ({self.where})' if self.where else ''}"
 
 
-def events_of(graph: fx.Graph, *, where: str = "") -> tuple[Event, ...]:
+def events_of(graph: fx.Graph) -> tuple[Event, ...]:
     """What a rank does together with others when it runs `graph`, in order."""
     found = []
     for node in graph.nodes:
         if node.op == "call_function" and node.target in COMMUNICATING:
             options = tuple((name, _plain(value)) for name, value in sorted(read_call(node).options.items()))
-            found += [
-                Event(node.name, meeting, options, where) for meeting in COMMUNICATING[node.target].meetings(node)
-            ]
+            found += [Event(node.name, meeting, options) for meeting in COMMUNICATING[node.target].meetings(node)]
     return tuple(found)
 
 

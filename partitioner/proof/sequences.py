@@ -10,15 +10,13 @@ That operands have the same rows follows from index notation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from torch import fx
 
 from partitioner.analysis.layouts.infer_layout import Layouts, sizes_read
 from partitioner.errors import LayoutError
 from partitioner.program.node_arguments import arguments
 from partitioner.program.program import Entry, PerRankInt, Program
+from partitioner.proof.per_rank_integers import Checks
 from partitioner.sharding.layout import Rows
 from runtime.ops.communicating import as_axes
 from runtime.ops.rows.sequence_attention import cached_sequence_attention, sequence_attention
@@ -68,7 +66,7 @@ def _require_total(program: Program, node: fx.Node, x: fx.Node, dim: int, layout
         raise LayoutError(f"node {node.name!r} is told that all ranks have {found} tokens, {total}; they have {size}")
 
 
-SEQUENCE_CHECKS: dict[Any, Callable[[Program, fx.Node, Layouts], None]] = {
+SEQUENCE_CHECKS: Checks = {
     sequence_attention: _check_attention,
     cached_sequence_attention: _check_attention,
     latent_sequence_attention: _check_attention,

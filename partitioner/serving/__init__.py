@@ -1,1 +1,1 @@
-"""A model served: many requests, over Python and over HTTP."""
+"""Serving a model to many requests: from Python (`launch`), and over HTTP."""

@@ -75,7 +75,7 @@ def launch(
     start_timeout_s: float = 600.0,
     restart: bool = False,
 ) -> Launched:
-    """Starts the ranks of `plan` on this machine, each replica (`dp`) as a world of its own, and serves them.
+    """Starts the ranks of `plan` on this machine, each replica (`dp`) with process groups of its own, and serves them.
 
     - model: a checkpoint folder, a bundle or its folder, what `partition` returned, or a model of transformers.
     - plan: None for that of the parts or the bundle. A plan with another number of replicas does not change these.
@@ -89,8 +89,8 @@ def launch(
     - timeout_s: how long a rank may be silent. start_timeout_s: how long all ranks may take to load.
     - restart: start a lost replica again, while others go on. Its requests raise RankLost.
 
-    Raises here what keeps a rank from starting. Nothing listens on a port, except what ranks of one replica open to
-    each other.
+    Raises in this process what keeps a rank from starting. No port is opened, except those over which the ranks of one
+    replica reach each other.
     """
     if sys.platform != "linux":
         raise InputError("ranks are started by us on Linux only; use torchrun here, or parts.generate()")

@@ -59,7 +59,7 @@ def open_service(
     why_not: str,
     limits: Mapping[str, Any],
     max_context: int | None,
-    name: str | None = None,
+    name: str | None,
     keys: Keys | None = None,
 ) -> Service:
     """limits: fields of `Limits`, but for the length of texts: what the model takes, or max_context.

@@ -18,12 +18,17 @@ import abc
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from partitioner.errors import CommunicationError, PlanError
 from partitioner.sharding.mesh import Mesh, view_of
 from runtime.communication.channels import Channel
+from runtime.ops.collectives import all_gather
 from runtime.ops.communicating import COMMUNICATING, Axes, as_axes, axes_text
+from runtime.program.rank_program import RankProgram
 
-__all__ = ["Binder", "Communicator", "require_axes"]
+__all__ = ["Binder", "Communicator", "all_stages", "gather_all", "require_axes"]
 
 
 class Binder(abc.ABC):
@@ -79,6 +84,21 @@ class Communicator(Binder):
 
     @abc.abstractmethod
     def close(self) -> None: ...
+
+
+def gather_all(communicator: Communicator, mine: Tensor) -> Tensor:
+    """What every rank of the mesh brings, one after the other along the first dim; a collective of all of them."""
+    communicator.begin_run(new_shapes=True)
+    for axes in communicator.mesh.single_axes:
+        mine = communicator.bind(all_gather, axes, node="agreement", options={"dim": 0})(mine)
+    return mine
+
+
+def all_stages(said: bool, program: RankProgram, communicator: Communicator, device: torch.device) -> bool:
+    """Whether the ranks of all stages say so; a collective where there are stages."""
+    if program.stage is None:
+        return said
+    return bool(gather_all(communicator, torch.tensor([int(said)], device=device)).all())
 
 
 def require_axes(axes: Axes, node: str) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ from runtime.communication.channels import (
 from runtime.communication.failure_verdict import FailureVerdict, is_broken
 from runtime.communication.group_collectives import PRIMITIVES, Group, begin_all_reduce, begin_all_to_all
 from runtime.communication.matching_calls import FINGERPRINT_BYTES, Call, check_agreement, check_counts
-from runtime.communication.peer_memory import beside
+from runtime.communication.peer_memory import async_collectives
 from runtime.communication.peer_memory.peer_memory import PeerMemory
 from runtime.communication.peer_memory.rows.push_rows import PeerRows
 from runtime.communication.shared_memory.shared_memory import Disconnected, SharedMemory
@@ -138,7 +138,7 @@ class GroupChannel(Channel):
         if overwrite not in self._reduces:
             begin = begin_all_reduce(self._group, overwrite=overwrite)
             if self._peers is not None:
-                begin = beside.begin_all_reduce(self._peers, otherwise=begin, overwrite=overwrite)
+                begin = async_collectives.begin_all_reduce(self._peers, otherwise=begin, overwrite=overwrite)
             self._reduces[overwrite] = begin
         begin = self._reduces[overwrite]
         call = self._sum_of(x)
@@ -147,7 +147,7 @@ class GroupChannel(Channel):
 
     def all_gather_begin(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Handle:
         is_even = dim == 0 and (sizes is None or set(sizes) == {x.shape[0]})
-        copies = beside.copies_of(self._peers, x, scatters=False) if is_even else None
+        copies = async_collectives.copies_of(self._peers, x, scatters=False) if is_even else None
         if copies is None:
             return super().all_gather_begin(x, dim, sizes)
         return self._copied("all_gather", x, lambda: copies.gather(x.contiguous()))
@@ -155,7 +155,7 @@ class GroupChannel(Channel):
     def reduce_scatter_begin(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Handle:
         is_even = dim == 0 and len(set(piece_sizes(x, dim, sizes, self))) == 1
         takes = is_even and x.is_floating_point()
-        copies = beside.copies_of(self._peers, x, scatters=True) if takes else None
+        copies = async_collectives.copies_of(self._peers, x, scatters=True) if takes else None
         if copies is None:
             return super().reduce_scatter_begin(x, dim, sizes)
         return self._copied("reduce_scatter", x, lambda: copies.scatter(x.contiguous()))

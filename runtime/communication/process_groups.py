@@ -22,11 +22,9 @@ import functools
 import itertools
 import logging
 import os
-import platform
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -57,7 +55,7 @@ from runtime.processes.choose_device import choose_device
 from runtime.processes.device_watch import DeviceWatch, end_quickly
 from runtime.processes.heartbeat import Heartbeat
 from runtime.processes.listening import listening_sockets
-from runtime.processes.place import Place, wrong_world
+from runtime.processes.place import Place, kernel_id, wrong_world
 
 __all__ = ["Meeting", "ProcessGroups", "Sharing"]
 
@@ -356,9 +354,7 @@ def _in_one_order(axes: Collection[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 def _host() -> str:
     """Names this host, for a launcher's ranks: by its kernel, and the launcher's own number for it."""
-    path = Path("/proc/sys/kernel/random/boot_id")
-    kernel = path.read_text().strip() if path.exists() else platform.node()
-    return f"{kernel} {os.environ.get('GROUP_RANK', '')}"
+    return f"{kernel_id()} {os.environ.get('GROUP_RANK', '')}"
 
 
 def _require_sharing(wanted: Sharing, device: torch.device) -> None:

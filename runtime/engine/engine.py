@@ -23,7 +23,7 @@ from partitioner.sharding.mesh import Mesh
 from runtime.communication.communicator import Communicator
 from runtime.communication.process_groups import ProcessGroups, Sharing
 from runtime.engine.check_inputs import complete_inputs
-from runtime.engine.crossing import tell_crossing
+from runtime.engine.cross_host import warn_cross_host
 from runtime.engine.replicas import ReplicaResults, deal, merged, work_of
 from runtime.execution.chrome_trace import Trace, from_all_ranks
 from runtime.execution.executable import Executable
@@ -38,7 +38,7 @@ from runtime.generation.steps import Loaded
 from runtime.kv_cache.cache_size import CacheSize, Room
 from runtime.ops.communicating import named_axes
 from runtime.pipeline.head import HeadOfAll
-from runtime.pipeline.perform import Staged
+from runtime.pipeline.run_schedule import StagedExecutable
 from runtime.processes.place import Place
 from runtime.program.bundle_errors import attribute_errors
 from runtime.program.host_default import host_default, host_default_steps
@@ -116,7 +116,7 @@ class Engine:
             self.profiler = Profiler(program, self.device)
             executable = Executable(program, self.weights, communicator, self.device, profiler=self.profiler)
             head = HeadOfAll.of(program, self.weights, communicator, self.device, self.profiler)
-            self._run = executable if program.stage is None else Staged(executable, head)
+            self._run = executable if program.stage is None else StagedExecutable(executable, head)
         self._entries = entries
         self._replicas: ReplicaResults | None = None
         """Where this engine's rank is one of several replicas'."""
@@ -171,7 +171,7 @@ class Engine:
             )
             engine._replicas = results
             with attribute_errors(engine.program):
-                tell_crossing(engine.program, communicator)
+                warn_cross_host(engine.program, communicator)
             if cache is not None:
                 engine.reserve(cache)
         except BaseException as error:

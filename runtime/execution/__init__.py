@@ -1,1 +1,1 @@
-"""One rank's graph, bound to weights and collectives and run; and records of what it did."""
+"""One rank's graph, bound to weights and collectives, run, and recorded."""

@@ -43,7 +43,7 @@ from runtime.ops.state.latent_attention import latent_attention
 from runtime.ops.state.latent_sequence_attention import latent_sequence_attention
 from runtime.program.rank_program import RankProgram
 
-__all__ = ["Executable", "build", "failing_node", "use_few_rows"]
+__all__ = ["OVER_CACHE", "Executable", "build", "failing_node", "has_mask", "use_few_rows"]
 
 # operations that always return memory of their own, which a collective may therefore overwrite
 _FRESH = frozenset({"add", "addmm", "baddbmm", "bmm", "embedding", "linear", "matmul", "mm", "mul"})
@@ -51,8 +51,8 @@ _FRESH_OWN = frozenset({"vocab_parallel_embedding"})
 
 
 _TENSORS = ("mask", "sinks")
-_MASK = {cached_attention: 4, latent_attention: 7}
-"""Its place among the operands of an attention over a cache."""
+OVER_CACHE = {cached_attention: 4, latent_attention: 7}
+"""Attentions over a cache, with the place of the mask among their operands."""
 _OVER_RANKS = frozenset({cached_sequence_attention, latent_sequence_attention})
 _WITH_STATE = frozenset({cached_attention, latent_attention, cache_append, state_read, state_write})
 
@@ -218,8 +218,7 @@ def bound_graph(
                 new.target, new.kwargs = overflow.bind(path, device=device, **options), {}  # type: ignore[arg-type]
             elif node.target in _WITH_STATE and cache is not None:
                 options = dict(new.kwargs)
-                at = _MASK.get(node.target, len(new.args))
-                masked = options.get("mask") is not None or (len(new.args) > at and new.args[at] is not None)
+                masked = has_mask(new)
                 state = str(options.pop("state"))
                 tensors = {name: options.pop(name) for name in list(options) if name in _TENSORS}
                 new.target, new.kwargs = cache.bind(node.target, state, options, masked=masked), tensors
@@ -238,6 +237,14 @@ def use_few_rows(graph: fx.Graph, weights: Sequence[Tensor]) -> None:
     for node in graph.nodes:
         if node.target is functional.linear:
             node.target = few_rows.linear
+
+
+def has_mask(node: fx.Node) -> bool:
+    """Whether an attention over a cache is given a mask as a tensor."""
+    place = OVER_CACHE.get(node.target)  # type: ignore[arg-type]
+    if place is None:
+        return False
+    return node.kwargs.get("mask") is not None or (len(node.args) > place and node.args[place] is not None)
 
 
 def failing_node(error: BaseException) -> str | None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import platform
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +13,7 @@ from torch import Tensor
 from runtime.communication.channels import Handle
 from runtime.execution.chrome_trace import Recorded
 from runtime.ops.communicating import Axes, as_axes, axes_text
+from runtime.processes.place import kernel_id
 from runtime.program.rank_program import RankProgram
 
 __all__ = ["Recording"]
@@ -31,7 +29,7 @@ class Recording:
         self._device = device
         self.on_cuda = device.type == "cuda"
         at = {axis: program.coordinates[axis] for axis in program.mesh.degrees}
-        self.recorded = Recorded(rank=self.rank, coordinates=at, host=_host(), device=str(device))
+        self.recorded = Recorded(rank=self.rank, coordinates=at, host=kernel_id(), device=str(device))
         self._graphs: dict[int, int] = {}
         self._meetings: Counter[tuple[int, ...]] = Counter()
 
@@ -86,9 +84,7 @@ class Recording:
         first, last = self.times([start, end])
         self.recorded.steps.append({"name": name, "start": first, "end": last})
 
-    def add_call(
-        self, name: str, op: str, axes: Axes, start: Any, end: Any, shape: str, *, peer: int | None = None
-    ) -> None:
+    def add_call(self, name: str, op: str, axes: Axes, start: Any, end: Any, shape: str, *, peer: int | None) -> None:
         first, last = self.times([start, end])
         call = {"name": name, "op": op, "axis": axes_text(axes), "start": first, "end": last, "shape": shape}
         self.recorded.calls.append({**call, "meeting": self.meeting(axes, peer)})
@@ -109,10 +105,3 @@ class Recording:
             return result
 
         return Handle(finish)
-
-
-@functools.cache
-def _host() -> str:
-    """Names the running kernel, whose monotonic clock its processes share."""
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else platform.node()

@@ -13,7 +13,7 @@ from runtime.generation.conversation import Conversation
 from runtime.generation.decode_graphs.decoder import Chosen, Decoder
 from runtime.generation.generation_options import Settings
 from runtime.program.rank_program import RankProgram
-from runtime.sampling.sampler import Sampler
+from runtime.sampling.sampler import Sampler, history_of
 from runtime.sampling.vocabulary_search import require_finite
 
 __all__ = ["GivenTokens", "TokenChooser", "TokensOfSteps"]
@@ -50,7 +50,7 @@ class TokenChooser:
         edits = conversation.edits()
         if self._is_plain and edits is None:
             return self._likeliest(logits), None
-        history, lengths = self._history(conversation.texts)
+        history, lengths = history_of(self._settings.sampling, conversation.texts, self._device)
         tokens, logprobs = self._sample(
             logits,
             request_ids=self._ids_of(conversation),
@@ -67,14 +67,6 @@ class TokenChooser:
         if key not in self._ids:
             self._ids[key] = torch.tensor(key, device=self._device)
         return self._ids[key]
-
-    def _history(self, texts: list[list[int]]) -> tuple[Tensor | None, Tensor | None]:
-        """The tokens so far [B, L], of which the first [B] count; only the repetition penalty asks for them."""
-        if self._settings.sampling.repetition_penalty == 1:
-            return None, None
-        lengths = torch.tensor([len(text) for text in texts], device=self._device)
-        most = max(map(len, texts))
-        return torch.tensor([text + [0] * (most - len(text)) for text in texts], device=self._device), lengths
 
 
 class GivenTokens(TokenChooser):

@@ -44,7 +44,7 @@ class Conversation:
         """The prompts, `size` tokens at a time."""
         return self.pieces_between(range(size, max(map(len, self.texts)) + size, size), alike=alike)
 
-    def pieces_between(self, ends: Iterable[int], *, alike: bool = False) -> Iterator[Piece]:
+    def pieces_between(self, ends: Iterable[int], *, alike: bool) -> Iterator[Piece]:
         """The prompts, from each of `ends` to the next; the last is no less than the longest prompt.
 
         alike: and from where a prompt ends, as a state counts a token that is repeated.

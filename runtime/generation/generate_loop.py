@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 
 from partitioner.errors import InputError
-from runtime.communication.communicator import Communicator
+from runtime.communication.communicator import Communicator, all_stages
 from runtime.execution.profile import Profiler
 from runtime.execution.prompts.piece import places
 from runtime.generation.batching.batch_loop import BatchLoop
@@ -38,7 +38,6 @@ from runtime.kv_cache.cache_size import (
     CacheSize,
     Room,
     WhatIsKept,
-    all_stages,
     default_step,
     held_as,
     slots_for,
@@ -66,11 +65,11 @@ class GenerateLoop:
         communicator: Communicator,
         device: torch.device,
         *,
-        profiler: Profiler | None = None,
-        compile: bool = False,
-        cuda_graph: bool = False,
+        profiler: Profiler,
+        compile: bool,
+        cuda_graph: bool,
     ) -> None:
-        self._profiler = profiler or Profiler(prefill.program, device)
+        self._profiler = profiler
         self._prefill_by, self._decode_by = prefill, decode
         self.program = prefill.program
         """For prompts; that for single tokens has the same inputs, states and limits."""

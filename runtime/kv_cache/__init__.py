@@ -1,1 +1,1 @@
-"""What a rank keeps between runs, and the memory for it."""
+"""The KV cache of a rank and its recurrent states, and the memory for them."""

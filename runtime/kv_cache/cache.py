@@ -81,7 +81,7 @@ class Cache:
         self._is_fixed = False  # whether this is such a run: a compiled step asks it, and no number
         self._attending: list[Attending] = []
 
-    def resize(self, *, max_batch: int, max_length: int, step: int, slots: int = 0) -> None:
+    def resize(self, *, max_batch: int, max_length: int, step: int, slots: int) -> None:
         """Other buffers, all zero, in the place of those that there are; give those back before, by `drop`."""
         self.max_batch, self.max_length, self.step = max_batch, max_length, step
         self.buffers: dict[str, Tensor] = {}

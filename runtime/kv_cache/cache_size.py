@@ -15,24 +15,21 @@ Ranks whose memory is the same (threads, processes of one host, one GPU) get an 
 from __future__ import annotations
 
 import hashlib
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from partitioner.errors import InputError
 from partitioner.sharding.mesh import AXES
-from runtime.communication.communicator import Communicator
+from runtime.communication.communicator import Communicator, gather_all
 from runtime.kv_cache.device_memory import FLOAT8, Amount, free_bytes, readable, require_dtype
 from runtime.kv_cache.sharded_slots import cache_bytes
 from runtime.ops.cached_attention import cached_attention
-from runtime.ops.collectives import all_gather
 from runtime.ops.rows.sequence_attention import cached_sequence_attention
 from runtime.ops.state.latent_attention import latent_attention
 from runtime.ops.state.latent_sequence_attention import latent_sequence_attention
+from runtime.processes.place import kernel_id
 from runtime.program.rank_program import RankProgram
 
 __all__ = [
@@ -41,11 +38,9 @@ __all__ = [
     "CacheSize",
     "Room",
     "WhatIsKept",
-    "all_stages",
     "bytes_needed",
     "can_spare",
     "default_step",
-    "gathered",
     "held_as",
     "in_float8",
     "longest_text",
@@ -56,10 +51,13 @@ __all__ = [
 ]
 
 LEAST_STEP = 512
+"""Tokens of a prompt at a time: enough for a processor."""
 _ALL = 1 << 40
 """Positions, where a token looks back to the first."""
-"""Enough for a processor."""
-_MOST_ROWS, _LIVE = 16384, 8
+_MOST_ROWS = 16384
+"""Tokens at a time on a GPU, of all rows together."""
+_LIVE = 8
+"""How many values as wide as the widest layer are alive at once, about."""
 _SPARED = 4
 """How much more than what a run takes is to be left, for others like it to be captured."""
 ANY_LENGTH = 2**31 - 1
@@ -80,7 +78,6 @@ class CacheSize:
 
     max_batch: int = 1
     max_length: int | None = None
-    """Tokens per sequence, of prompt and continuation; None: as many as `memory` has room for."""
     memory: int | str | None = None
     prefill_step: int | None = None
     dtype: str | None = None
@@ -132,7 +129,7 @@ def held_as(program: RankProgram, dtype: str | None, communicator: Communicator,
         return program
     if program.stage is not None:
         refused = torch.tensor([why_not_float8(program) is not None], dtype=torch.int64, device=device)
-        if int(gathered(communicator, refused).sum()) and not int(refused):
+        if int(gather_all(communicator, refused).sum()) and not int(refused):
             raise InputError(
                 f"a cache of dtype={FLOAT8!r} is for keys and values, and another stage has other states; leave dtype "
                 "out"
@@ -187,7 +184,7 @@ class Room:
     ) -> Room:
         """The same, with what `fit` says of how many tokens so many bytes have room for; None: any number."""
         place = _number_of(device)
-        places = gathered(communicator, torch.tensor([place], device=device))
+        places = gather_all(communicator, torch.tensor([place], device=device))
         # nobody takes anything between the two meetings
         free = free_bytes(device)
         sharing = int((places == place).sum()) * (communicator.replicas_here if device.type == "cpu" else 1)
@@ -195,7 +192,7 @@ class Room:
         mine = amount.within(None if free is None else free // sharing)
         fits = -1 if mine is None else fit(mine)
         given = torch.tensor([ANY_LENGTH if fits is None else fits, -1 if mine is None else mine], device=device)
-        everyone = gathered(communicator, given).view(-1, 2).tolist()
+        everyone = gather_all(communicator, given).view(-1, 2).tolist()
         if any(bytes_ < 0 for _, bytes_ in everyone):
             if size.memory is not None:
                 raise InputError(
@@ -248,7 +245,7 @@ class WhatIsKept:
         found += [any(not state.per_token for state in program.states), *(axis in axes for axis in AXES)]
         if program.stage is not None:
             mine = torch.tensor(found, dtype=torch.int64, device=device)
-            found = gathered(communicator, mine).view(-1, len(found)).amax(0).tolist()
+            found = gather_all(communicator, mine).view(-1, len(found)).amax(0).tolist()
         sees, gives_up, counts_tokens, *of_axes = found
         return cls(
             counts_tokens=bool(counts_tokens),
@@ -280,7 +277,7 @@ def default_step(program: RankProgram, communicator: Communicator, device: torch
     axes = {axis for state in program.states for axis in state.token_axes}
     parts = program.mesh.size(*sorted(axes)) if axes else 1
     mine = torch.tensor([min(_MOST_ROWS, fits) * parts // max_batch], device=device)
-    least = int(gathered(communicator, mine).min())
+    least = int(gather_all(communicator, mine).min())
     return max(LEAST_STEP, 1 << max(0, least.bit_length() - 1))
 
 
@@ -296,7 +293,7 @@ def can_spare(program: RankProgram, communicator: Communicator, device: torch.de
     if device.type != "cuda":
         return True
     mine = torch.tensor([_SPARED * rows * _bytes_of_row(program) <= (free_bytes(device) or 0)], device=device)
-    return bool(gathered(communicator, mine.int()).all())
+    return bool(gather_all(communicator, mine.int()).all())
 
 
 def step_of(program: RankProgram, prefill_step: int, max_length: int) -> int:
@@ -349,28 +346,9 @@ def tokens_that_fit(program: RankProgram, room: int, *, max_batch: int, prefill_
     return low
 
 
-def all_stages(said: bool, program: RankProgram, communicator: Communicator, device: torch.device) -> bool:
-    """Whether the ranks of all stages say so; a collective where there are stages."""
-    if program.stage is None:
-        return said
-    return bool(gathered(communicator, torch.tensor([int(said)], device=device)).all())
-
-
-def gathered(communicator: Communicator, mine: Tensor) -> Tensor:
-    """What every rank of the mesh brings, one after the other."""
-    communicator.begin_run(new_shapes=True)
-    for axes in communicator.mesh.single_axes:
-        mine = communicator.bind(all_gather, axes, node="cache size", options={"dim": 0})(mine)
-    return mine
-
-
 def _number_of(device: torch.device) -> int:
     """The same for ranks that take from the same memory: of one machine, and of one device there."""
-    try:
-        machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        machine = str(uuid.getnode())
     # the same device has other numbers in processes that see other devices
     unique = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else device.type
-    digest = hashlib.blake2b(f"{machine} {unique}".encode(), digest_size=7).digest()
+    digest = hashlib.blake2b(f"{kernel_id()} {unique}".encode(), digest_size=7).digest()
     return int.from_bytes(digest, "big")

@@ -86,7 +86,7 @@ class PagedCache(Cache):
         """What these hold."""
         self._fixed_group = 0
 
-    def resize(self, *, max_batch: int, max_length: int, step: int, slots: int = 0) -> None:
+    def resize(self, *, max_batch: int, max_length: int, step: int, slots: int) -> None:
         self.max_batch, self.max_length, self.step = max_batch, max_length, step
         self.buffers = {}
         for state in self._states:

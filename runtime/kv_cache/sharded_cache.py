@@ -76,7 +76,7 @@ class ShardedCache(Cache):
         self._run: ShardedRun | None = None
         super().__init__(states, max_batch=max_batch, max_length=max_length, step=step, device=device)
 
-    def resize(self, *, max_batch: int, max_length: int, step: int, slots: int = 0) -> None:
+    def resize(self, *, max_batch: int, max_length: int, step: int, slots: int) -> None:
         self.max_batch, self.max_length, self.step = max_batch, max_length, step
         counts = {
             state.name: sharded_slots(state, max_length=max_length, step=step, parts=self.parts)

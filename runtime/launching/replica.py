@@ -18,10 +18,10 @@ from collections.abc import Sequence
 
 import partitioner.errors
 from partitioner.errors import CommunicationError, PartitionerError, RankLost
+from runtime.launching.connection import Connection, Message, pair
 from runtime.launching.jobs import Job
-from runtime.launching.line import Line, Message, pair
 from runtime.launching.reserving import Reserving
-from runtime.launching.serve import LINE
+from runtime.launching.serve import CONNECTION
 from runtime.launching.status import ReplicaStatus
 from runtime.processes.launch import GIVEN, signal_name, start_rank, write_memory
 from runtime.processes.place import REPLICA, Place
@@ -42,7 +42,7 @@ class Replica:
     def __init__(self, place: Place, *, timeout_s: float) -> None:
         self.place, self.timeout_s = place, timeout_s
         self.processes: list[subprocess.Popen[bytes]] = []
-        self.lines: list[Line] = []
+        self.connections: list[Connection] = []
         self.handles: list[int] = []
         """A descriptor per rank that can be read once its process has ended."""
         self.ready: dict[int, Message] = {}
@@ -87,7 +87,7 @@ class Replica:
                     rank,
                     self.num_ranks,
                     store=store,
-                    files={GIVEN: question, LINE: theirs.fileno()},
+                    files={GIVEN: question, CONNECTION: theirs.fileno()},
                     variables={
                         "LOCAL_RANK": first + rank,
                         "LOCAL_WORLD_SIZE": total,
@@ -96,7 +96,7 @@ class Replica:
                 )
             self.processes.append(process)
             self.handles.append(os.pidfd_open(process.pid))
-            self.lines.append(Line(ours, timeout_s=self.timeout_s))
+            self.connections.append(Connection(ours, timeout_s=self.timeout_s))
         self._heard = [None] * self.num_ranks
 
     @property
@@ -107,7 +107,7 @@ class Replica:
 
     def hear(self, rank: int) -> bool:
         """Takes what a rank has said; False: it will say no more."""
-        messages, is_open = self.lines[rank].received()
+        messages, is_open = self.connections[rank].received()
         self._heard[rank] = time.monotonic()
         for message in messages:
             self._take(rank, message)
@@ -169,9 +169,9 @@ class Replica:
             self._tell({"kind": "step"})
 
     def _tell(self, message: Message) -> None:
-        for line in self.lines:
+        for connection in self.connections:
             try:
-                line.send(message)
+                connection.send(message)
             except OSError:  # gone, or it does not read
                 self.suspect()
 
@@ -225,8 +225,8 @@ class Replica:
 
     def end(self, *, patient: bool = True) -> None:
         """Ends all its ranks, and waits for that."""
-        for line in self.lines:
-            line.close()  # what waits for a word ends
+        for connection in self.connections:
+            connection.close()  # what waits for a word ends
         if patient and self.is_ready and not self.steps_ahead:
             deadline = time.monotonic() + _PATIENCE_S
             for process in self.processes:
@@ -240,7 +240,7 @@ class Replica:
             process.wait()
         for file in (*self.handles, *self._files):
             os.close(file)
-        self.handles, self._files, self.lines = [], [], []
+        self.handles, self._files, self.connections = [], [], []
 
 
 def _is_consequence(message: Message) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from runtime.kv_cache.cache_size import CacheSize, Room
-from runtime.launching.line import Message
+from runtime.launching.connection import Message
 
 __all__ = ["Reserving"]
 

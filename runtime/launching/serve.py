@@ -34,13 +34,13 @@ from runtime.generation.batching.batch_loop import BatchLoop
 from runtime.generation.generation_request import longest_text
 from runtime.kv_cache.cache_size import CacheSize
 from runtime.kv_cache.paged_size import DEFAULT_ROWS
-from runtime.launching.line import Line, Message
+from runtime.launching.connection import Connection, Message
 from runtime.launching.request_data import read_request
 from runtime.processes.launch import inherited
 
-__all__ = ["BEAT_S", "LINE", "Rank", "serve"]
+__all__ = ["BEAT_S", "CONNECTION", "Rank", "serve"]
 
-LINE = "PARTITIONER_LINE"
+CONNECTION = "PARTITIONER_CONNECTION"
 """The descriptor of this rank's connection."""
 BEAT_S = 0.5
 
@@ -52,9 +52,9 @@ class Rank:
         self,
         engine: Engine,
         *,
-        size: CacheSize | None = None,
-        rows: int | None = None,
-        vocabulary: str | None = None,
+        size: CacheSize | None,
+        rows: int | None,
+        vocabulary: str | None,
     ) -> None:
         self._engine, self._size, self._rows, self._vocabulary = engine, size, rows, vocabulary
         self._loop: BatchLoop | None = None
@@ -104,10 +104,10 @@ def serve(
     vocabulary: str | None = None,
 ) -> NoReturn:
     """Ends the process."""
-    line = Line(socket.socket(fileno=inherited(LINE)))
-    threading.Thread(target=_beat, args=(line,), daemon=True, name="beat").start()
+    connection = Connection(socket.socket(fileno=inherited(CONNECTION)))
+    threading.Thread(target=_beat, args=(connection,), daemon=True, name="beat").start()
     told: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(line, told), daemon=True, name="line").start()
+    threading.Thread(target=_listen, args=(connection, told), daemon=True, name="listen").start()
     code = 0
     try:
         with connect() as engine:
@@ -117,15 +117,15 @@ def serve(
             program = engine.program
             said: Message = {"eos_token_id": program.eos_token_id, "generation": dict(program.generation)}
             said["longest"] = longest_text(program)
-            line.send({"kind": "ready", **said})
+            connection.send({"kind": "ready", **said})
             while (message := told.get()) is not None:
                 for answer in rank.carry_out(message):
-                    if program.rank == 0 and not _sent(line, answer):
+                    if program.rank == 0 and not _sent(connection, answer):
                         raise SystemExit(1)
     except BaseException as error:
         code = 1
         if not isinstance(error, SystemExit):
-            _sent(line, {"kind": "failed", **_said(error)})
+            _sent(connection, {"kind": "failed", **_said(error)})
         if not isinstance(error, (PartitionerError, SystemExit)):
             sys.excepthook(type(error), error, error.__traceback__)
     # to clear away all of torch takes seconds where processors are busy
@@ -134,30 +134,30 @@ def serve(
     os._exit(code)
 
 
-def _beat(line: Line) -> None:
+def _beat(connection: Connection) -> None:
     """A process that is stopped sends none."""
     pause = threading.Event()
     with contextlib.suppress(OSError):
         while not pause.wait(BEAT_S):
-            line.send({"kind": "beat"})
+            connection.send({"kind": "beat"})
 
 
-def _sent(line: Line, message: Message) -> bool:
+def _sent(connection: Connection, message: Message) -> bool:
     """False: who started this rank is gone, or wants no more of it."""
     try:
-        line.send(message)
+        connection.send(message)
     except OSError:
         return False
     return True
 
 
-def _listen(line: Line, told: queue.SimpleQueue[Message | None]) -> None:
+def _listen(connection: Connection, told: queue.SimpleQueue[Message | None]) -> None:
     """While a step runs as well: who writes to this rank never waits for it."""
     message: Message | None = {}
     while message is not None:
         message = None
         with contextlib.suppress(OSError):
-            message = line.receive()
+            message = connection.receive()
         told.put(message)
 
 

@@ -32,7 +32,7 @@ class Supervisor:
     restarts: a replica that is lost is started again, and takes the place of the lost one once it is ready.
     """
 
-    def __init__(self, replicas: Sequence[Replica], *, restarts: bool = False) -> None:
+    def __init__(self, replicas: Sequence[Replica], *, restarts: bool) -> None:
         self._restarts = restarts
         self._due: dict[int, float] = {}
         """By number, when a lost replica is to be started again."""
@@ -159,8 +159,8 @@ class Supervisor:
             self._end()
 
     def _listen(self, replica: Replica) -> None:
-        for rank, (line, handle) in enumerate(zip(replica.lines, replica.handles, strict=True)):
-            self._selector.register(line.socket, selectors.EVENT_READ, (replica, rank, True))
+        for rank, (connection, handle) in enumerate(zip(replica.connections, replica.handles, strict=True)):
+            self._selector.register(connection.socket, selectors.EVENT_READ, (replica, rank, True))
             self._selector.register(handle, selectors.EVENT_READ, (replica, rank, False))
 
     def _turn(self) -> None:
@@ -232,8 +232,8 @@ class Supervisor:
             for job in replica.jobs.values():
                 job.end(failure)
             # the others end meanwhile, as their connections are closed
-            for line in replica.lines:
-                line.close()
+            for connection in replica.connections:
+                connection.close()
         for replica, _ in self._starting.values():
             replica.end(patient=False)
         for replica in self._alive():

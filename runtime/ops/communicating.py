@@ -45,6 +45,7 @@ __all__ = [
     "Meeting",
     "as_axes",
     "axes_text",
+    "axis_argument",
     "named_axes",
     "read_call",
 ]
@@ -99,6 +100,11 @@ def as_axes(axis: Axes) -> tuple[str, ...]:
     if not isinstance(found, (tuple, list)) or not all(isinstance(each, str) for each in found):
         raise CommunicationError(f"a group is named by a mesh axis or a tuple of axes, got {axis!r}")
     return tuple(found)
+
+
+def axis_argument(axes: tuple[str, ...]) -> Axes:
+    """As graphs name a group: one axis by its name, several as a tuple. `as_axes` reads it."""
+    return axes[0] if len(axes) == 1 else axes
 
 
 def axes_text(axis: Axes) -> str:

@@ -1,1 +1,1 @@
-"""Pipeline stages at run time: what each does in which order, and what carries it out."""
+"""Pipeline stages at run time: schedules, and running them."""

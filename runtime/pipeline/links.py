@@ -34,7 +34,7 @@ def sizes_of(inputs: Sequence[RunInput], values: Sequence[Tensor]) -> dict[str, 
 class Links:
     """One rank's ends of the connections to the stages before and after its own."""
 
-    def __init__(self, communicator: Communicator, stage: Stage, profiler: Profiler | None = None) -> None:
+    def __init__(self, communicator: Communicator, stage: Stage, profiler: Profiler | None) -> None:
         self.communicator, self.stage = communicator, stage
         self._profiler = profiler
         self._receiving = [self._channel(crossing) for crossing in stage.receives]

@@ -8,7 +8,7 @@ receive is begun behind the turn that is queued before it: a GPU's waits in a ke
 turn, and what is small has come by then, as NCCL buffers it. An inbox is written to when the group's turn before has
 read it, an outbox when what was in it is gone. Nothing waits for the host: it may queue turns as far ahead as it likes,
 as long as all stages queue the same. The order in which a stage queues what it sends, receives and computes would do
-without buffers, and in one lane (`schedule.relay`): so neither NCCL's one stream for a group nor streams that share a
+without buffers, and on one stream (`schedule.relay`): so neither NCCL's one stream for a group nor streams that share a
 queue of the device can block it.
 """
 
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from runtime.communication.channels import Channel, Handle
 from runtime.communication.communicator import Communicator
-from runtime.pipeline.lanes import Lanes, Mark
 from runtime.pipeline.message import Box
 from runtime.pipeline.schedule import Head, Receive, Run, Send, in_turn
+from runtime.pipeline.streams import Event, Streams
 from runtime.program.rank_program import Stage
 
 __all__ = ["Member", "Relay"]
@@ -55,24 +55,24 @@ class Relay:
         members: Sequence[Member | None],
         channel: Channel,
         communicator: Communicator,
-        lanes: Lanes,
+        streams: Streams,
         *,
         shares_head: bool,
     ) -> None:
         assert len(members) >= stage.count
         self._shares_head = shares_head
         self._stage, self._members = stage, members
-        self._channel, self._communicator, self._lanes = channel, communicator, lanes
+        self._channel, self._communicator, self._streams = channel, communicator, streams
         self._turn = 0
         self._awaited = False
         """Whether the other stages count on another turn of this one."""
         self._arriving: dict[int, Handle] = {}
         self._leaving: dict[int, Handle] = {}
         """By group."""
-        self._read: list[Mark] = [lanes.mark()] * len(members)
+        self._read: list[Event] = [streams.record()] * len(members)
         """By group: when its last turn has been through with its memory."""
-        self._said: dict[int, tuple[Tensor, Mark]] = {}
-        self._queued: Mark = lanes.mark()
+        self._said: dict[int, tuple[Tensor, Event]] = {}
+        self._queued: Event = streams.record()
         """Behind the turn that was queued last."""
 
     def turn(self, *, more: bool) -> None:
@@ -106,42 +106,42 @@ class Relay:
 
     def said(self, turn: int) -> Tensor:
         """[2, rows] float64 on the host: tokens and their logits; of a turn in the second round or later, once."""
-        said, mark = self._said.pop(turn)
-        if mark is not None:
-            mark.synchronize()
+        said, event = self._said.pop(turn)
+        if event is not None:
+            event.synchronize()
         return said
 
     def _run(self, turn: int) -> None:
-        group, lanes = turn % len(self._members), self._lanes
+        group, streams = turn % len(self._members), self._streams
         member = self._members[group]
         if member is None:
             return
         arriving = self._arriving.pop(turn, None)
-        with lanes.incoming():
-            lanes.wait(self._read[group])
+        with streams.incoming():
+            streams.wait(self._read[group])
             if arriving is not None:
                 member.inbox.packed.copy_(arriving.finish())
-            arrived = lanes.mark()
+            arrived = streams.record()
             if turn >= len(self._members):
-                said = lanes.to_host(member.inbox.said)
-                self._said[turn] = said, lanes.mark()
-        lanes.wait(arrived)
+                said = streams.to_host(member.inbox.said)
+                self._said[turn] = said, streams.record()
+        streams.wait(arrived)
         leaving = self._leaving.pop(group, None)
         if leaving is not None:
             leaving.finish()
         self._communicator.begin_run(new_shapes=False)
         member.turn()
-        self._read[group] = self._queued = lanes.mark()
+        self._read[group] = self._queued = streams.record()
 
     def _choose(self, turn: int) -> None:
         group = turn % len(self._members)
         member = self._members[group]
         if member is not None:
             if turn in self._said:
-                self._lanes.wait(self._said[turn][1])
+                self._streams.wait(self._said[turn][1])
             self._communicator.begin_run(new_shapes=False)
             member.choose_by_all()
-            self._read[group] = self._lanes.mark()
+            self._read[group] = self._streams.record()
 
     def _receive(self, number: int) -> None:
         member = self._members[number % len(self._members)]
@@ -150,9 +150,9 @@ class Relay:
         before = (self._stage.index - 1) % self._stage.count
         packed = member.inbox.packed
         self._compare(number)
-        # the memory that it comes to is this lane's, which is used again behind a turn that has waited for its copy
-        with self._lanes.receiving():
-            self._lanes.wait(self._queued)
+        # the memory that it comes to is this stream's, which is used again behind a turn that has waited for its copy
+        with self._streams.receiving():
+            self._streams.wait(self._queued)
             self._arriving[number] = self._channel.receive_begin(packed.shape, packed.dtype, before)
 
     def _send(self, number: int) -> None:
@@ -161,13 +161,13 @@ class Relay:
         if member is None:
             return
         self._compare(number)
-        with self._lanes.outgoing():
-            self._lanes.wait(self._read[group])
+        with self._streams.outgoing():
+            self._streams.wait(self._read[group])
             after = (self._stage.index + 1) % self._stage.count
             self._leaving[group] = self._channel.send_begin(member.outbox.packed, after)
 
     def _finish(self) -> None:
-        with self._lanes.incoming():
+        with self._streams.incoming():
             for handle in self._arriving.values():
                 handle.finish()
         for handle in self._leaving.values():

@@ -132,7 +132,7 @@ def ring(stages: int, groups: int, slots: int, *, shares_head: bool = False) -> 
     )
 
 
-def in_slot(stage: int, stages: int, groups: int, slot: int, *, shares_head: bool = False) -> Sequence[Action]:
+def in_slot(stage: int, stages: int, groups: int, slot: int, *, shares_head: bool) -> Sequence[Action]:
     """What one stage does in one slot."""
     own, takes = group_at(stage, groups, slot), group_at(stage - 1, groups, slot)
     if stage == 0:
@@ -165,9 +165,7 @@ def relay(stages: int, groups: int, turns: int, *, shares_head: bool = False) ->
     )
 
 
-def in_turn(
-    stage: int, stages: int, groups: int, turn: int, *, more: bool, shares_head: bool = False
-) -> Sequence[Action]:
+def in_turn(stage: int, stages: int, groups: int, turn: int, *, more: bool, shares_head: bool) -> Sequence[Action]:
     """What one stage does in one turn. more: whether another comes; behind the last one nothing is under way.
 
     What the last stage sends is what the group's next turn begins with, and has its number. Where all stages share out

@@ -1,1 +1,1 @@
-"""Processes of ranks: starting them, how they find each other, and which of them are still there."""
+"""Processes of ranks: starting them, how they find each other, and noticing which are lost."""

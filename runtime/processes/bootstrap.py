@@ -27,8 +27,8 @@ from torch._C._distributed_c10d import FileStore, TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from partitioner.errors import RankLost
+from runtime.processes.authenticated_links import listen_at
 from runtime.processes.heartbeat import Heartbeat
-from runtime.processes.links import listen_at
 from runtime.processes.place import LOCAL_STORE, Place
 
 __all__ = ["WatchedStore", "bootstrap", "watched"]

@@ -61,7 +61,7 @@ class DeviceWatch:
         heartbeat: Heartbeat,
         timeout_s: float,
         *,
-        late: Sequence[Callable[[], list[int]]] = (),
+        late: Sequence[Callable[[], list[int]]],
     ) -> None:
         self._device, self._heartbeat, self._timeout_s, self._late = device, heartbeat, timeout_s, late
         self._well_until = 0.0

@@ -9,8 +9,9 @@ A connection breaks when its process ends, however that happens and on whatever 
 collective to fail, and a rank that is merely slow is not taken for a lost one. A process that is stopped, or whose host
 is unreachable, keeps its connection: it is known by the beats that do not come.
 
-One line of JSON per message: {"rank": 2, "kind": "failed", "text": "..."}. How a line proves its sender: `links.py`.
-Who knocks and proves nothing loses that one connection, whatever it sent, and the door is shut once all have come.
+One line of JSON per message: {"rank": 2, "kind": "failed", "text": "..."}; `authenticated_links.py` has how a line
+proves its sender. Who connects and proves nothing loses that connection, whatever it sent, and none is accepted any
+more once all ranks have come.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any
 from torch.distributed.distributed_c10d import Store
 
 from partitioner.errors import RankLost
-from runtime.processes.links import LONGEST, Link, Refused, address_of, connect, key_of, listen
+from runtime.processes.authenticated_links import LONGEST, Link, Refused, address_of, connect, key_of, listen
 
 __all__ = ["BEAT_S", "Heartbeat"]
 

@@ -9,22 +9,34 @@ starts each replica by itself, and says which it is.
 
 from __future__ import annotations
 
+import functools
 import os
+import platform
 import socket
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from partitioner.errors import CommunicationError, PlanError
 from partitioner.sharding.mesh import Mesh
 from runtime.processes.slurm import adopt_slurm
 
-__all__ = ["LOCAL_STORE", "REPLICA", "Place", "is_rank", "missing_variables", "wrong_world"]
+__all__ = ["LOCAL_STORE", "REPLICA", "Place", "is_rank", "kernel_id", "missing_variables", "wrong_world"]
 
 LOCAL_STORE = "PARTITIONER_LOCAL_STORE"
 """Where our launcher says which memory the ranks meet in."""
 REPLICA = "PARTITIONER_REPLICA"
 """Where our launcher says which replica it started, as "1/4": the second of four."""
+
+
+@functools.cache
+def kernel_id() -> str:
+    """Names the running kernel, as all processes of a host do alike: hosts may have the same name."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return platform.node()
 
 
 def missing_variables() -> list[str]:

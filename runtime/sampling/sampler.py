@@ -34,7 +34,7 @@ from runtime.sampling.sampling_options import Sampling
 from runtime.sampling.token_edits import TokenEdits
 from runtime.sampling.vocabulary_search import VocabularySearch, joined, require_finite
 
-__all__ = ["Sampler"]
+__all__ = ["Sampler", "history_of"]
 
 _SPARE = 16  # candidates beyond the k-th, for those that tie with it: common in bfloat16
 _FIRST_LOOK = 128  # candidates of each rank where only mass or ratio says how many are needed
@@ -224,3 +224,14 @@ class Sampler:
         scaled = cut_off(scaled, **self.sampling.cutoffs)
         winner = (scaled + gumbel(bits, tokens[:, :width])).argmax(dim=1, keepdim=True)
         return tokens.gather(1, winner)[:, 0], scaled.gather(1, winner)[:, 0] - scaled.exp().sum(dim=1).log()
+
+
+def history_of(
+    sampling: Sampling, texts: Sequence[list[int]], device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """`history` and `lengths` as `Sampler` takes them, of each row's tokens so far; None where nobody asks for them."""
+    if sampling.repetition_penalty == 1:
+        return None, None
+    lengths = torch.tensor([len(text) for text in texts], device=device)
+    most = max(map(len, texts))
+    return torch.tensor([text + [0] * (most - len(text)) for text in texts], device=device), lengths

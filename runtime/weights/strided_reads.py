@@ -94,7 +94,7 @@ class Strided:
             part = self._narrow(outermost, at, min(at + step, stop))
             yield from part.strips(limit, shortest, along_rows=along_rows)
 
-    def _outermost(self, sign: int = 1) -> int | None:
+    def _outermost(self, sign: int) -> int | None:
         moving = [dim for dim, (start, stop) in enumerate(self.destination) if stop - start > 1]
         return max(moving, key=lambda dim: sign * self.strides[dim], default=None)
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from partitioner import Parts, Plan, partition
 from partitioner.compile.compare import difference
-from partitioner.compile.partition import compile_program, trace
+from partitioner.compile.partition import compile_program
+from partitioner.compile.tracing.trace import trace
 from partitioner.errors import LayoutError, PlanError
 from partitioner.program.program import Program
 from partitioner.proof.float64 import in_float64

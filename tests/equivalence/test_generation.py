@@ -10,7 +10,8 @@ from torch import Tensor
 
 import runtime.kv_cache.slots
 from partitioner import Plan
-from partitioner.compile.partition import compile_program, trace
+from partitioner.compile.partition import compile_program
+from partitioner.compile.tracing.trace import trace
 from partitioner.errors import InputError
 from partitioner.proof.float64 import in_float64
 from runtime.kv_cache.cache import Cache

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from partitioner import Plan, load, partition
-from partitioner.compile.partition import compile_steps
+from partitioner.compile.generation import compile_steps
 from partitioner.program.program import Program, Value
 from runtime.execution.prompts import tokens_as_rows
 from runtime.execution.prompts.tokens_as_rows import loop_over_tokens

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from partitioner import Plan
 from partitioner.analysis.labels.assign_owners import divide
 from partitioner.compile.compare import difference
-from partitioner.compile.partition import compile_program, trace
+from partitioner.compile.partition import compile_program
+from partitioner.compile.tracing.trace import trace
 from partitioner.errors import PlanError
 from partitioner.proof.float64 import in_float64
 from partitioner.sharding.index_set import IndexSet

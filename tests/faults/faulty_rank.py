@@ -34,8 +34,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import runtime.engine.engine
 from partitioner import Plan
-from partitioner.compile.partition import compile_program, trace
+from partitioner.compile.partition import compile_program
 from partitioner.compile.parts import Parts
+from partitioner.compile.tracing.trace import trace
 from partitioner.program.program import Program
 from runtime.communication.channels import Channel
 from runtime.communication.process_groups import ProcessGroups

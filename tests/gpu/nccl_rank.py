@@ -106,7 +106,7 @@ def fault(folder: Path, what: str, phase: str, victim: str, carrier: str) -> Non
             def run(x: Any) -> Any:
                 nonlocal chosen, passed
                 chosen += node == "sampler"
-                passed += node not in ("sampler", "cache size")
+                passed += node not in ("sampler", "agreement")
                 if (phase == "prefill" and passed == 2) or (phase == "decode" and chosen == 2 and node != "sampler"):
                     torch.cuda.synchronize()
                     (folder / "when").write_text(json.dumps(time.time()))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.channels import Channel, Handle, OwnRows
-from runtime.communication.peer_memory import beside
+from runtime.communication.peer_memory import async_collectives
 from runtime.communication.peer_memory.choice import Choice, Way
 from runtime.communication.process_groups import ProcessGroups
 from runtime.ops.attention import attention
@@ -304,7 +304,7 @@ def exchanged_experts(groups: ProcessGroups, channel: Channel) -> None:
 
 def copied_beside_others(groups: ProcessGroups, channel: Channel) -> None:
     """Pieces that copy engines bring, as they are and captured, with products and collectives between."""
-    beside.LEAST_BYTES = 0
+    async_collectives.LEAST_BYTES = 0
     for dtype, shape in ((torch.bfloat16, (1031, 256)), (torch.float32, (7, 3)), (torch.bfloat16, (4096, 7168))):
         copied_of(channel, dtype, shape)
 

@@ -12,7 +12,8 @@ import torch
 
 from partitioner import Plan
 from partitioner.compile.compare import difference
-from partitioner.compile.partition import compile_program, trace
+from partitioner.compile.partition import compile_program
+from partitioner.compile.tracing.trace import trace
 from partitioner.errors import LayoutError
 from partitioner.program.program import Program
 from partitioner.proof.float64 import in_float64

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from partitioner.compile.partition import trace
 from partitioner.compile.parts import Parts
+from partitioner.compile.tracing.trace import trace
 from partitioner.program.node_arguments import operation
 from partitioner.program.plan import Plan
 from partitioner.program.program import Input, Program, Value

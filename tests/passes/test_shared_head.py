@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import partitioner
 from partitioner import Parts, Plan, partition
 from partitioner.compile.compare import first_divergence
-from partitioner.compile.partition import compile_program, trace
+from partitioner.compile.partition import compile_program
+from partitioner.compile.tracing.trace import trace
 from partitioner.errors import LayoutError, PlanError, RankMismatch
 from partitioner.proof.layouts import check
 from partitioner.proof.schedules import boundaries_of, play_schedule

@@ -18,7 +18,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from partitioner import Parts, Plan
 from partitioner.compile.compare import difference
-from partitioner.compile.partition import compile_program, trace
+from partitioner.compile.partition import compile_program
+from partitioner.compile.tracing.trace import trace
 from partitioner.program.program import Program
 from partitioner.proof.float64 import in_float64
 from tests.support import reference

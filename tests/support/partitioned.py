@@ -14,7 +14,8 @@ from transformers import CONFIG_MAPPING
 
 from partitioner import Parts, Plan
 from partitioner.compile.compare import difference
-from partitioner.compile.partition import compile_program, trace
+from partitioner.compile.partition import compile_program
+from partitioner.compile.tracing.trace import trace
 from partitioner.errors import PlanError
 from partitioner.program.program import Program
 from partitioner.proof.float64 import in_float64

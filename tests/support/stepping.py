@@ -12,7 +12,8 @@ from torch import Tensor
 
 from partitioner import Parts, Plan
 from partitioner.capture import states_found_once
-from partitioner.compile.partition import compile_steps, trace, trace_piece, trace_step
+from partitioner.compile.generation import compile_steps
+from partitioner.compile.tracing.trace import trace, trace_piece, trace_step
 from partitioner.errors import CaptureError
 from partitioner.program.program import Program
 from partitioner.proof.float64 import in_float64

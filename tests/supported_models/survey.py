@@ -42,8 +42,9 @@ import torch
 
 from partitioner.analysis.report.report import Report
 from partitioner.compile.compare import difference
-from partitioner.compile.partition import compile_program, trace
+from partitioner.compile.partition import compile_program
 from partitioner.compile.parts import Parts
+from partitioner.compile.tracing.trace import trace
 from partitioner.errors import CaptureError, PartitionerError
 from partitioner.program.plan import Plan
 from partitioner.proof.float64 import in_float64

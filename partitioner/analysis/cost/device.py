@@ -131,9 +131,7 @@ class Device:
             raise InputError(f"this is no device as Device.to_json writes it: {error}") from error
 
 
-def measure_device(
-    device: torch.device, *, dtypes: tuple[torch.dtype, ...] = (torch.float32,), name: str = ""
-) -> Device:
+def measure_device(device: torch.device, *, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Device:
     """The best of a few large copies, and of a few matmuls per dtype."""
     on_cpu = device.type == "cpu"
     size = 1 << (24 if on_cpu else 28)
@@ -146,7 +144,7 @@ def measure_device(
         matrix = torch.ones(width, width, dtype=dtype, device=device)
         product_s = _best(lambda matrix=matrix: matrix @ matrix, device)  # type: ignore[misc]
         rates[str(dtype).removeprefix("torch.")] = 2 * width**3 / product_s
-    return Device(name or str(device), 2 * size / copy_s, rates)
+    return Device(str(device), 2 * size / copy_s, rates)
 
 
 def measure_link(channel: Channel, device: torch.device) -> Link:

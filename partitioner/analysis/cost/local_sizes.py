@@ -64,7 +64,7 @@ class RankSizes:
         values = node_values(node)
         if node.op == "get_attr":
             name = str(node.target)
-            return (self.program.weight_layouts.get(name, REPLICATED(len(values[0].shape))),)
+            return (self.program.layout_of(name),)
         found = node.meta.get("layout")
         if isinstance(found, Layout):
             return (found,)

@@ -10,7 +10,7 @@ heads and kv_heads, what a table of tokens has is the vocabulary, the rest of la
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import sympy
@@ -57,7 +57,7 @@ class ValueClasses:
     def layouts(self, node: fx.Node) -> tuple[Layout, ...]:
         values = node_values(node)
         if node.op == "get_attr":
-            return (self.program.weight_layouts.get(str(node.target), REPLICATED(len(values[0].shape))),)
+            return (self.program.layout_of(str(node.target)),)
         found = node.meta.get("layout")
         if isinstance(found, Layout):
             return (found,)
@@ -123,31 +123,25 @@ def _roles(program: Program) -> dict[str, str]:
 
 def _weights_of(node: fx.Node) -> list[str]:
     """The weights of the linears that a value comes from, through moves and element-wise ops."""
-    found, todo, seen = [], [node], set()
+    return _matrices_read([node], lambda at: (n for n in at.all_input_nodes if layer_of(str(n.meta.get("path") or ""))))
+
+
+def _readers_of(node: fx.Node) -> list[str]:
+    """The weights that the next linear behind a value reads."""
+    return _matrices_read(node.users, lambda at: at.users)
+
+
+def _matrices_read(start: Iterable[fx.Node], onward: Callable[[fx.Node], Iterable[fx.Node]]) -> list[str]:
+    """The matrices that are read by the first nodes, from `start` onward, that read any."""
+    found: list[str] = []
+    todo, seen = list(start), set()
     while todo:
         at = todo.pop()
         if at in seen or at.op != "call_function":
             continue
         seen.add(at)
         weights = [n for n in at.all_input_nodes if n.op == "get_attr" and len(node_values(n)[0].shape) > 1]
-        if weights:
-            found += [str(each.target) for each in weights]
-        else:
-            todo += [n for n in at.all_input_nodes if layer_of(str(n.meta.get("path") or ""))]
-    return found
-
-
-def _readers_of(node: fx.Node) -> list[str]:
-    """The weights that the next linear behind a value reads."""
-    found, todo, seen = [], list(node.users), set()
-    while todo:
-        at = todo.pop()
-        if at in seen:
-            continue
-        seen.add(at)
-        weights = [n for n in at.all_input_nodes if n.op == "get_attr" and len(node_values(n)[0].shape) > 1]
-        if weights:
-            found += [str(each.target) for each in weights]
-        else:
-            todo += list(at.users)
+        found += [str(each.target) for each in weights]
+        if not weights:
+            todo += onward(at)
     return found

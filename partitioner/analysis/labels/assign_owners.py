@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from partitioner.analysis.labels.index_sets import Lattice
 from partitioner.sharding.index_set import IndexSet
 
-__all__ = ["Owned", "dealt_indices", "divide", "even_sizes", "index_set", "loads_of", "runs_of"]
+__all__ = ["Owned", "dealt_indices", "divide", "even_sizes", "loads_of"]
 
 Atom = frozenset[int]
 
@@ -148,18 +147,4 @@ def dealt_indices(indices: Tensor, rank_of: Tensor, ranks: int) -> tuple[IndexSe
     """Per rank the indices that were dealt to it: `rank_of[i]` has `indices[i]`."""
     flags = torch.zeros(ranks, int(indices.max()) + 1, dtype=torch.bool)
     flags[rank_of, indices] = True
-    return tuple(map(index_set, flags))
-
-
-def index_set(flags: Tensor) -> IndexSet:
-    """The places where a vector is true."""
-    return runs_of(flags.numpy())
-
-
-def runs_of(flags: Any) -> IndexSet:
-    """The same of an array of numpy, whose ops on a few numbers take a tenth of the time of torch's."""
-    if not len(flags):
-        return IndexSet(())
-    turns = ((flags[1:] != flags[:-1]).nonzero()[0] + 1).tolist()
-    ends = [*([0] if flags[0] else []), *turns, *([len(flags)] if flags[-1] else [])]
-    return IndexSet(tuple(zip(ends[::2], ends[1::2], strict=True)))
+    return tuple(map(IndexSet.where, flags.numpy()))

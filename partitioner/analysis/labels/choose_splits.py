@@ -21,10 +21,10 @@ from partitioner.analysis.labels.assign_owners import Atom, Owned, dealt_indices
 from partitioner.analysis.labels.block_borders import ScaleBlocks, members_of, members_of_runs
 from partitioner.analysis.labels.causes import Offence, earliest, offences_of, price_of_parts, why_everywhere
 from partitioner.analysis.labels.label_memory import LabelMemory
-from partitioner.analysis.labels.label_runs import runs_of
 from partitioner.analysis.labels.label_state import Collapse, Cut, Labels, Site
 from partitioner.analysis.labels.propagate_labels import LabelRun
 from partitioner.analysis.labels.repeated_blocks import Blocks
+from partitioner.analysis.labels.site_indices import Atoms, runs_of
 from partitioner.analysis.labels.split_classes import split_classes
 from partitioner.program.program import Program
 from partitioner.sharding.layout import Split
@@ -36,6 +36,9 @@ _FULL_REDUCTION = 0.10
 """Price of one more all-reduce of an activation per layer, as a share of the layer's weights kept whole."""
 _SMALL_REDUCTION = 0.02
 """Price of one more all-reduce of one number per token per layer."""
+
+_MOST_ROUNDS = 200
+"""Each keeps at least one more class of weights whole, so that no model needs as many."""
 
 
 @dataclass(frozen=True)
@@ -93,35 +96,18 @@ class _Search:
                 run.states[step[0]] = run.states.get(step[1])
         return run.labels
 
-    def resolve(self, partial: frozenset[str], allowed: int = 200) -> _Solution:
+    def resolve(self, partial: frozenset[str]) -> _Solution:
         """Keeps weights whole until every site can be divided."""
         pinned = dict(self.keep_whole)
         collapses: dict[str, Collapse] = {}
         met: dict[str, str] = {}
         """Weights that could have ended a split, by now whole, with the cause: it is theirs too if they start none."""
-        while True:
+        for _ in range(_MOST_ROUNDS):
             labels = self.labels(pinned, partial)
             found = _divide_sites(labels, self.axis, self.scales)
             self._note_sizes(labels)
             if isinstance(found, dict):
-                everywhere = [name for name, (dim, split) in found.items() if self._is_whole(name, dim, split)]
-                for name in everywhere:
-                    del found[name]
-                for name in everywhere:
-                    why, collapse = why_everywhere(labels, name)
-                    if collapse is not None:
-                        collapses[name] = collapse
-                    for same in self.blocks.same_weights(name):
-                        if same not in found:
-                            pinned.setdefault(same, why)
-                for name in found:
-                    collapse = why_everywhere(labels, name)[1] if self._shared(found, name) else None
-                    if collapse is not None:
-                        collapses.setdefault(name, collapse)
-                for name, why in labels.unsplit.items():
-                    for same in self.blocks.same_weights(name):
-                        if same not in found:
-                            pinned.setdefault(same, why)
+                self._explain(found, labels, pinned, collapses)
                 return self._solution(found, pinned, partial, labels, collapses)
             for offence in self._causes(labels, found):
                 reason = met.get(offence.weight, offence.reason)
@@ -132,8 +118,28 @@ class _Search:
                         met.setdefault(site.weight.name, f"what it contracts stays whole: {reason}")
                 if offence.collapse is not None:
                     collapses[offence.weight] = offence.collapse
-            allowed -= 1
-            assert allowed, f"keeping weights whole does not end; last: {found}"
+        raise AssertionError(f"keeping weights whole does not end; last: {found}")
+
+    def _explain(
+        self, splits: dict[str, tuple[int, Split]], labels: Labels, pinned: dict[str, str],
+        collapses: dict[str, Collapse],
+    ) -> None:  # fmt: skip
+        """Takes out of `splits` what every rank holds all of, and notes in `pinned` and `collapses` why it does."""
+        everywhere: dict[str, str] = {}
+        for name, (dim, split) in list(splits.items()):
+            if self._is_whole(name, dim, split):
+                del splits[name]
+                everywhere[name], collapse = why_everywhere(labels, name)
+                if collapse is not None:
+                    collapses[name] = collapse
+        for name in splits:
+            collapse = why_everywhere(labels, name)[1] if self._shared(splits, name) else None
+            if collapse is not None:
+                collapses.setdefault(name, collapse)
+        for name, why in (*everywhere.items(), *labels.unsplit.items()):
+            for same in self.blocks.same_weights(name):
+                if same not in splits:
+                    pinned.setdefault(same, why)
 
     def _causes(self, labels: Labels, offences: list[Offence]) -> list[Offence]:
         """The first offence, and those that do not come after another: what follows one may be out of phase only.
@@ -249,10 +255,10 @@ def _divide_sites(labels: Labels, axis: str, scales: ScaleBlocks) -> dict[str, t
     cost = _Cost(program, labels)
     owned = Owned(labels.lattice, labels.count)
     columns: dict[str, tuple[int, Split]] = {}
-    sized: list[tuple[int, Site, tuple[range, ...], _Atoms | None]] = []
+    sized: list[tuple[int, Site, tuple[range, ...], Atoms | None]] = []
     for site in labels.sites:
         runs = runs_of(site, labels)
-        atoms = None if runs else _Atoms.of(site, labels)
+        atoms = None if runs else Atoms.of(site, labels)
         size = len(runs) if atoms is None else max(map(cost.size, atoms.sets), default=0)
         sized.append((-size, site, runs, atoms))
     for _, site, runs, atoms in sorted(sized, key=lambda s: s[0]):
@@ -262,7 +268,7 @@ def _divide_sites(labels: Labels, axis: str, scales: ScaleBlocks) -> dict[str, t
             sizes = scales.deal(sizes, site, torch.arange(count), members_of_runs(runs), labels, lambda a, b: b - a)
             indices = owned.give_runs(runs, sizes)
         else:
-            atoms = atoms or _Atoms.of(site, labels)
+            atoms = atoms or Atoms.of(site, labels)
             places = _assign(site, atoms, owned, ranks, cost, labels, scales)
             for atom, rank in zip(atoms.sets, places, strict=True):
                 owned.give(atom, rank)
@@ -306,21 +312,8 @@ class _Cost:
         return sum(1 if label < len(self._bytes) else len(self.lattice.members(label)) for label in atom)
 
 
-@dataclass(frozen=True)
-class _Atoms:
-    """The distinct atoms of a site by first appearance, and the place of each index among them."""
-
-    sets: list[Atom]
-    inverse: torch.Tensor
-
-    @classmethod
-    def of(cls, site: Site, labels: Labels) -> _Atoms:
-        ids, inverse = _distinct_in_order(site.ids)
-        return cls([labels.lattice.labels(i) for i in ids], inverse)
-
-
 def _assign(
-    site: Site, found_atoms: _Atoms, owned: Owned, ranks: int, cost: _Cost, labels: Labels, scales: ScaleBlocks
+    site: Site, found_atoms: Atoms, owned: Owned, ranks: int, cost: _Cost, labels: Labels, scales: ScaleBlocks
 ) -> list[int]:
     """The rank of each atom: where a coarser site has put its sources already, else by load."""
     atoms, inverse = found_atoms.sets, found_atoms.inverse
@@ -346,21 +339,6 @@ def _assign(
     for i, rank in zip(new, dealt, strict=True):
         found[i] = rank
     return [rank for rank in found if rank is not None]
-
-
-def _distinct_in_order(ids: torch.Tensor) -> tuple[list[int], torch.Tensor]:
-    """Distinct ids by first appearance, each free index (id 0) by itself, and the place of each index among them."""
-    if ids.numel() == torch.unique(ids).numel():
-        return ids.tolist(), torch.arange(ids.numel())
-    seen: dict[int, int] = {}
-    found: list[int] = []
-    inverse = []
-    for i in ids.tolist():
-        if i == 0 or i not in seen:
-            seen[i] = len(found)
-            found.append(i)
-        inverse.append(seen[i])
-    return found, torch.tensor(inverse, dtype=torch.int64)
 
 
 def decide(

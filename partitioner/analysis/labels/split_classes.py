@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import torch
 
-from partitioner.analysis.labels.label_runs import runs_of
 from partitioner.analysis.labels.label_state import Labels
+from partitioner.analysis.labels.site_indices import runs_of
 from partitioner.sharding.split_class import SplitClass
 
 __all__ = ["split_classes"]

@@ -16,14 +16,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
 from partitioner.analysis.rules import notation
 from partitioner.analysis.rules.notation import Notation, Operand
 from partitioner.errors import PlanError
-from partitioner.program.node_arguments import node_values, operation
+from partitioner.program.node_arguments import node_values, operation, symbols_of
 from partitioner.program.program import Program
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import REPLICATED, Layout, Rows, Split, in_order, points
@@ -119,8 +118,7 @@ def _filled(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     own = {rows for dim in read for rows in dim.by_dim}
     dims: list[Dim] = []
     for size in node_values(node)[0].shape:
-        symbols = size.free_symbols if isinstance(size, sympy.Expr) else ()
-        found = [rows for rows in own if program.symbols.get(rows.kind) in symbols]
+        found = [rows for rows in own if program.symbols.get(rows.kind) in symbols_of(size)]
         dims.append(found[0] if len(found) == 1 else found[0].merged(found[1]) if len(found) == 2 else None)
     return Layout(tuple(dims))
 

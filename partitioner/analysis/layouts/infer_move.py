@@ -12,16 +12,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx
 
-from partitioner.analysis.labels.assign_owners import runs_of
 from partitioner.analysis.labels.index_sets import compact
 from partitioner.analysis.layouts.infer_layout import Inference, Layouts, layout_of, sizes_read
 from partitioner.analysis.rules.data_movement import IDENTITIES, run_move
 from partitioner.errors import PlanError
-from partitioner.program.node_arguments import arguments, evaluate, map_nodes, node_values, operation, shape_at
+from partitioner.program.node_arguments import (
+    arguments,
+    evaluate,
+    map_nodes,
+    node_values,
+    operation,
+    shape_at,
+    symbols_of,
+)
 from partitioner.program.program import Program
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import Layout, Rows, Split, in_order, points
@@ -237,7 +243,7 @@ def _has_all(program: Program, source: fx.Node, rows: Rows, layouts: Layouts) ->
     """Whether a value that runs over what `rows` are of has those of all ranks."""
     symbol = program.symbols.get(rows.kind)
     held = [rows in dim.by_dim for dim in layout_of(layouts, source).dims if isinstance(dim, Rows)]
-    return any(symbol in _symbols(size) for size in source.meta["val"].shape) and not any(held)
+    return any(symbol in symbols_of(size) for size in source.meta["val"].shape) and not any(held)
 
 
 def _merged(before: Rows | None, rows: Rows) -> Rows | None:
@@ -266,11 +272,7 @@ def _along(a: dict[str, Any], rank: int) -> set[int]:
 def _runs_over(program: Program, size: Any, source: Any, rows: Rows) -> bool:
     """Whether a dim of this size goes over `rows`, as one of size `source` does."""
     symbol = program.symbols.get(rows.kind)
-    return bool(size == source) if symbol is None else symbol in _symbols(size)
-
-
-def _symbols(size: Any) -> frozenset[Any]:
-    return frozenset(size.free_symbols) if isinstance(size, sympy.Expr) else frozenset()
+    return bool(size == source) if symbol is None else symbol in symbols_of(size)
 
 
 def _whole_size(program: Program, node: fx.Node, rows: Rows, layouts: Layouts) -> fx.Node | None:
@@ -279,7 +281,7 @@ def _whole_size(program: Program, node: fx.Node, rows: Rows, layouts: Layouts) -
     for read, dim in sizes_read(node):
         size = read.meta["val"].shape[dim]
         held = layout_of(layouts, read).dims[dim]
-        if (symbol is None or symbol in _symbols(size)) and not (isinstance(held, Rows) and rows in held.by_dim):
+        if (symbol is None or symbol in symbols_of(size)) and not (isinstance(held, Rows) and rows in held.by_dim):
             return read
     return None
 
@@ -319,7 +321,7 @@ def _product(marks: Tensor) -> list[IndexSet] | None:
             keep.append(IndexSet.range(0, size))
             continue
         others = tuple(d for d in range(marks.ndim) if d != dim)
-        keep.append(runs_of(present.any(others) | ~taken.any(others)))
+        keep.append(IndexSet.where(present.any(others) | ~taken.any(others)))
     if absent.any() and not present.any():
         return _nothing(small.shape, marks)
     for dim, indices in enumerate(keep):

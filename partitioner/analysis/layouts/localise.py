@@ -9,6 +9,7 @@ result that its layout says, in order. A size that was missed, or rows that woul
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -83,46 +84,58 @@ def localise(program: Program, node: fx.Node, layouts: Layouts, outputs: tuple[L
     split = source.dims[dim]
     if not isinstance(split, Split):
         return None
-    mesh = program.mesh
     if op in (aten.split, aten.split_with_sizes, aten.chunk):
-        wholes = [evaluate(v.shape[dim], _ones(program)) for v in node_values(node)]
-        pieces = [layout.split(dim) for layout in outputs]
-        axes = in_order((*split.axes, *(axis for piece in pieces if piece is not None for axis in piece.axes)))
-        per_rank = [
-            tuple(
-                whole if piece is None else piece.at(mesh, place).size
-                for piece, whole in zip(pieces, wholes, strict=True)
-            )
-            for place in points(mesh, axes)
-        ]
-        sizes = program.local("sizes", Entry(tuple(wholes), axes, tuple(per_rank)))
-        return Localised(aten.split_with_sizes.default, (a["self"], _listed(sizes), dim), {})
+        return _pieces(program, node, a["self"], dim, [split, *(layout.split(dim) for layout in outputs)])
     if op is reorder:
-        output = outputs[0].split(dim)
-        axes = split.axes if output is None else in_order((*split.axes, *output.axes))
-        orders = []
-        for coordinates in points(mesh, axes):
-            place = {index: i for i, index in enumerate(split.at(mesh, coordinates).indices())}
-            mine = list(range(len(a["order"]))) if output is None else output.at(mesh, coordinates).indices()
-            if any(a["order"][i] not in place for i in mine):
-                return None
-            orders.append(tuple(place[a["order"][i]] for i in mine))
-        order = program.local("order", Entry(tuple(a["order"]), axes, tuple(orders)))
-        return Localised(reorder, (a["self"], _listed(order)), {"dim": dim})
+        return _reordered(program, a, dim, split, outputs[0].split(dim))
     if op in (aten.slice, aten.slice_scatter, aten.narrow) and a.get("step", 1) == 1:
-        whole = evaluate(node_values(a["self"])[0].shape[dim], _ones(program))
-        end = a["start"] + a["length"] if op is aten.narrow and isinstance(a["start"], int) else a.get("end")
-        start, stop = _bounds(a["start"], end, whole)
-        if start is None or stop is None:
-            return None
-        local = tuple(
-            program.local(hint, Entry(bound, split.axes, tuple(_before(bound, mine) for mine in split.owned)))
-            for hint, bound in (("start", start), ("stop", stop))
-        )
-        if op is aten.slice_scatter:
-            return Localised(aten.slice_scatter.default, (a["self"], a["src"], dim, *local), {})
-        return Localised(aten.slice.Tensor, (a["self"], dim, *local), {})
+        return _sliced(program, op, a, dim, split)
     return None
+
+
+def _pieces(program: Program, node: fx.Node, source: fx.Node, dim: int, splits: list[Split | None]) -> Localised:
+    """Of a split into pieces: how much of each piece a rank holds. splits: of the whole dim, then of each piece."""
+    wholes = [evaluate(v.shape[dim], _ones(program)) for v in node_values(node)]
+    axes = in_order(axis for split in splits if split is not None for axis in split.axes)
+    per_rank = [
+        tuple(
+            whole if piece is None else piece.at(program.mesh, place).size
+            for piece, whole in zip(splits[1:], wholes, strict=True)
+        )
+        for place in points(program.mesh, axes)
+    ]
+    sizes = program.local("sizes", Entry(tuple(wholes), axes, tuple(per_rank)))
+    return Localised(aten.split_with_sizes.default, (source, _listed(sizes), dim), {})
+
+
+def _reordered(program: Program, a: dict[str, Any], dim: int, split: Split, output: Split | None) -> Localised | None:
+    """The order of the indices that a rank is to have, by their places among those that it has; None: it lacks one."""
+    axes = split.axes if output is None else in_order((*split.axes, *output.axes))
+    orders = []
+    for coordinates in points(program.mesh, axes):
+        place = {index: i for i, index in enumerate(split.at(program.mesh, coordinates).indices())}
+        mine = list(range(len(a["order"]))) if output is None else output.at(program.mesh, coordinates).indices()
+        if any(a["order"][i] not in place for i in mine):
+            return None
+        orders.append(tuple(place[a["order"][i]] for i in mine))
+    order = program.local("order", Entry(tuple(a["order"]), axes, tuple(orders)))
+    return Localised(reorder, (a["self"], _listed(order)), {"dim": dim})
+
+
+def _sliced(program: Program, op: Any, a: dict[str, Any], dim: int, split: Split) -> Localised | None:
+    """The bounds of a slice by their places among a rank's indices; None where they are no plain numbers."""
+    whole = evaluate(node_values(a["self"])[0].shape[dim], _ones(program))
+    end = a["start"] + a["length"] if op is aten.narrow and isinstance(a["start"], int) else a.get("end")
+    start, stop = _bounds(a["start"], end, whole)
+    if start is None or stop is None:
+        return None
+    local = tuple(
+        program.local(hint, Entry(bound, split.axes, tuple(_before(bound, mine) for mine in split.owned)))
+        for hint, bound in (("start", start), ("stop", stop))
+    )
+    if op is aten.slice_scatter:
+        return Localised(aten.slice_scatter.default, (a["self"], a["src"], dim, *local), {})
+    return Localised(aten.slice.Tensor, (a["self"], dim, *local), {})
 
 
 def _before(bound: int, owned: IndexSet) -> int:
@@ -211,22 +224,7 @@ def moves_alike(
         seen.add(case)
         mine = {n: _part(wholes[n], layouts[n], coordinates, n.meta["val"], program) for n in sources}
 
-        def integer(n: fx.Node, coordinates: Mapping[str, int] = coordinates) -> int:
-            return _integer(program, n, symbols, coordinates)
-
-        def argument(
-            value: Any, mine: dict[fx.Node, Tensor] = mine, coordinates: Mapping[str, int] = coordinates
-        ) -> Any:
-            if isinstance(value, Scaled):
-                local = program.at(value.local, coordinates)
-                return evaluate(value.node.meta["val"], symbols) // value.whole * local
-            if isinstance(value, PerRankInt):
-                found = program.at(value, coordinates)
-                return list(found) if isinstance(found, tuple) else found
-            if isinstance(value, fx.Node):
-                return mine[value] if value in mine else integer(value)
-            return value
-
+        argument = functools.partial(_argument, program, mine, symbols, coordinates)
         try:
             args = fx.node.map_aggregate(done.args, argument)
             kwargs = fx.node.map_aggregate(done.kwargs, argument)
@@ -238,6 +236,23 @@ def moves_alike(
             if piece.shape != expected.shape or not torch.equal(piece, expected):
                 return False
     return True
+
+
+def _argument(
+    program: Program,
+    mine: Mapping[fx.Node, Tensor],
+    symbols: Mapping[Any, int],
+    coordinates: Mapping[str, int],
+    value: Any,
+) -> Any:
+    """What an argument is on the rank at `coordinates`, which holds the tensors `mine`."""
+    if isinstance(value, Scaled):
+        return evaluate(value.node.meta["val"], symbols) // value.whole * program.at(value.local, coordinates)
+    if isinstance(value, PerRankInt):
+        return _listed(program.at(value, coordinates))
+    if isinstance(value, fx.Node):
+        return mine[value] if value in mine else _integer(program, value, symbols, coordinates)
+    return value
 
 
 def _numel(value: Any, program: Program) -> int:

@@ -14,15 +14,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import sympy
+from torch import fx
 
+from partitioner.program.node_arguments import node_values, symbols_of
 from partitioner.sharding.layout import Layout, Rows
+from partitioner.sharding.mesh import AXES, EXPERT_AXES
 
-__all__ = ["held_alike", "is_own", "rows_of", "symbols_of", "tokens_dim", "with_own"]
-
-
-def symbols_of(size: Any) -> frozenset[Any]:
-    """The named sizes of which a size is made."""
-    return frozenset(size.free_symbols) if isinstance(size, sympy.Expr) else frozenset()
+__all__ = ["has_own", "rows_of", "summed_by_experts", "tokens_dim", "with_own", "works_row_by_row"]
 
 
 def tokens_dim(shape: Sequence[Any], symbol: sympy.Symbol) -> int | None:
@@ -52,7 +50,35 @@ def is_own(dim: Any, rows: Rows) -> bool:
     return isinstance(dim, Rows) and set(rows.axes) <= set(dim.axes)
 
 
-def held_alike(own: Layout, whole: Layout, rows: Rows) -> bool:
+def has_own(layout: Layout | tuple[Layout, ...] | None, rows: Rows) -> bool:
+    """Whether a value, or one of several, has a dim of own rows; None: a node that yields no tensor."""
+    several = layout if isinstance(layout, tuple) else (layout,)
+    return any(is_own(dim, rows) for each in several if each for dim in each.dims)
+
+
+def works_row_by_row(
+    node: fx.Node, own: Any, whole: Any, rows: Rows, symbol: sympy.Symbol, summed: frozenset[str]
+) -> bool:
+    """Whether the layout that `node` yields of own rows is the one it yields of all, but for these rows.
+
+    own, whole: its layouts, of own rows and of all. symbol: the size of the dims that are dealt out. summed: axes over
+    which own rows leave no partial sum.
+    """
+    several = (own, whole) if isinstance(whole, tuple) else ((own,), (whole,))
+    for value, mine, layout in zip(node_values(node), *several, strict=True):
+        dims = [dim for dim, size in enumerate(value.shape) if symbol in symbols_of(size)]
+        alike = _held_alike(mine, layout, rows) and mine.partial == layout.partial - summed
+        if not alike or not all(is_own(mine.dims[dim], rows) for dim in dims):
+            return False
+    return True
+
+
+def summed_by_experts(axis: str) -> frozenset[str]:
+    """Axes over which no partial sum of a rank's own tokens along `axis` is left: experts sum theirs where they end."""
+    return frozenset({axis, *EXPERT_AXES} - (set(AXES) - {axis}))
+
+
+def _held_alike(own: Layout, whole: Layout, rows: Rows) -> bool:
     """Whether `own` is `whole`, but for tokens that are dealt out as `rows`; partial sums are not compared."""
     return all(_alike(mine, dim, rows) for mine, dim in zip(own.dims, whole.dims, strict=True))
 

@@ -8,7 +8,6 @@ completes them. Elsewhere they are completed where they arise.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -16,6 +15,7 @@ from torch import fx
 from partitioner.analysis.layouts.infer_layout import Inference, Layouts
 from partitioner.analysis.layouts.localise import Localised
 from partitioner.analysis.layouts.memoise import Inferrer
+from partitioner.analysis.layouts.partial_sums import addends, is_linear_in
 from partitioner.analysis.rules import notation
 from partitioner.analysis.rules.data_movement import is_move
 from partitioner.program.node_arguments import arguments, describe, evaluate, node_values
@@ -29,6 +29,10 @@ __all__ = ["Placement", "Unplaceable", "batched", "place", "state_layout"]
 
 _TYPICAL = 64
 """Stands for batch and sequence where sizes of activations are compared."""
+
+
+_Chain = tuple[Layouts, dict[fx.Node, tuple[tuple[fx.Node, Layout], ...]], dict[fx.Node, Localised]]
+"""Of the nodes between a weight and its user: layouts, requirements, local moves."""
 
 
 class Unplaceable(Exception):
@@ -50,23 +54,19 @@ class Unplaceable(Exception):
 @dataclass
 class Placement:
     """layouts: as users see each value. requires: per node, what each operand must be. reduced: all-reduce after
-    these. held: values that users are to see otherwise than they come, as they come.
+    these.
     """
 
     layouts: Layouts = field(default_factory=dict)
     requires: dict[fx.Node, tuple[tuple[fx.Node, Layout], ...]] = field(default_factory=dict)
     reduced: dict[fx.Node, frozenset[str]] = field(default_factory=dict)
-    held: dict[fx.Node, Layout] = field(default_factory=dict)
     localised: dict[fx.Node, Localised] = field(default_factory=dict)
     weights: dict[str, Layout] = field(default_factory=dict)
     states: dict[str, Layout] = field(default_factory=dict)
 
 
-def place(program: Program, weights: dict[str, Layout], *, rows: Mapping[fx.Node, Layout] | None = None) -> Placement:
+def place(program: Program, weights: dict[str, Layout]) -> Placement:
     """Raises `Unplaceable` where the analysis has to keep more together.
-
-    rows: values of which each rank is to have its own rows from there on, and how. What follows has rows as far as it
-    works row by row; who needs those of all ranks gets them.
 
     A state is held as what is written to it comes out, which depends on how it is read: whole at first, then as it was
     written, until both agree.
@@ -74,7 +74,7 @@ def place(program: Program, weights: dict[str, Layout], *, rows: Mapping[fx.Node
     states = {name: state.layout for name, state in program.states.items()}
     nodes = list(program.graph.nodes)
     for last in (False, False, False, True):
-        run = _Placing(program, Placement(weights=dict(weights), states=dict(states)), rows or {})
+        run = _Placing(program, Placement(weights=dict(weights), states=dict(states)))
         run.place_weights(nodes)
         for node in nodes:
             run.place(node)
@@ -109,8 +109,8 @@ def _sums_experts(node: fx.Node) -> bool:
 
 
 class _Placing:
-    def __init__(self, program: Program, done: Placement, rows: Mapping[fx.Node, Layout]) -> None:
-        self.program, self.done, self.rows = program, done, rows
+    def __init__(self, program: Program, done: Placement) -> None:
+        self.program, self.done = program, done
         self.inferrer = Inferrer(program)
         self.carried_to: dict[fx.Node, fx.Node] = {}
         self.typical = dict.fromkeys(program.symbols.values(), _TYPICAL)
@@ -156,8 +156,6 @@ class _Placing:
                 self.done.reduced[node] = outputs[0].partial
                 outputs = tuple(Layout(o.dims) for o in outputs)
             layouts[node] = outputs[0] if isinstance(node.meta["val"], Value) else outputs
-        if node in self.rows:
-            self.done.held[node], layouts[node] = layouts[node], self.rows[node]
 
     def _with_all_rows(self, node: fx.Node) -> Inference:
         """What does not work row by row gets the rows of all ranks."""
@@ -232,7 +230,7 @@ class _Placing:
         nodes, best = [source], 0
         while (user := self._only_user(nodes[-1])) is not None and self._passes(user, nodes[-1]):
             nodes.append(user)
-            joined = any(n is not nodes[-2] and self._will_be_partial(n, user) for n in self._addends(user))
+            joined = any(n is not nodes[-2] and self._will_be_partial(n, user) for n in addends(user))
             if joined or self._size(user) < self._size(nodes[best]):
                 best = len(nodes) - 1
         return nodes[: best + 1]
@@ -248,23 +246,8 @@ class _Placing:
         return total
 
     def _passes(self, user: fx.Node, operand: fx.Node) -> bool:
-        """Whether a partial sum may stay one through `user`: linear in the operand, one tensor out, no contraction."""
-        if not isinstance(user.meta.get("val"), Value):
-            return False
-        if is_move(user):
-            return sum(bool(node_values(n)) for n in user.all_input_nodes) == 1
-        rule = notation(user)
-        places = [i for i, o in enumerate(rule.operands) if o.node is operand]
-        contracts = rule.sums and len(rule.operands) > 1
-        if len(places) != 1 or contracts or places[0] in rule.denominators:
-            return False
-        return any(places[0] in term for term in rule.terms)
-
-    def _addends(self, user: fx.Node) -> list[fx.Node]:
-        rule = None if is_move(user) else notation(user)
-        if rule is None or len(rule.terms) < 2:
-            return []
-        return [rule.operands[i].node for term in rule.terms for i in term]
+        """Whether a partial sum may stay one through `user`: linear in the operand, and one tensor out."""
+        return isinstance(user.meta.get("val"), Value) and is_linear_in(user, operand)
 
     def _will_be_partial(self, node: fx.Node, user: fx.Node) -> bool:
         if self._only_user(node) is not user:
@@ -323,34 +306,35 @@ class _Placing:
             chain.append(tensors[0])
         return chain[::-1]
 
-    def _weight_layout(
-        self, chain: list[fx.Node], want: Layout
-    ) -> tuple[Layouts, dict[fx.Node, tuple[tuple[fx.Node, Layout], ...]], dict[fx.Node, Localised]] | None:
+    def _weight_layout(self, chain: list[fx.Node], want: Layout) -> _Chain | None:
         """Layouts along the chain such that its end is `want`: one dim of the weight split like it."""
         if len(want.split_dims) != 1:
             return None
         split = want.dims[want.split_dims[0]]
         shape = self.program.weights[str(chain[0].target)].shape
         for dim in range(len(shape)):
-            layouts: Layouts = {chain[0]: REPLICATED(len(shape)).with_dim(dim, split)}
-            requires: dict[fx.Node, tuple[tuple[fx.Node, Layout], ...]] = {}
-            localised: dict[fx.Node, Localised] = {}
             try:
-                for node in chain[1:]:
-                    found = self.inferrer.infer(node, layouts)
-                    if found.problem or any(layouts[n] != layout for n, layout in found.requires):
-                        break
-                    layouts[node] = found.outputs[0]
-                    requires[node] = found.requires
-                    if is_move(node):
-                        alike, done = self.inferrer.localise(node, dict(found.requires), found.outputs)
-                        if not alike:
-                            break
-                        if done is not None:
-                            localised[node] = done
-                else:
-                    if layouts[chain[-1]] == want:
-                        return layouts, requires, localised
+                found = self._along(chain, REPLICATED(len(shape)).with_dim(dim, split))
             except (RuntimeError, IndexError):
                 continue  # this dim is not the one: its size does not fit
+            if found is not None and found[0][chain[-1]] == want:
+                return found
         return None
+
+    def _along(self, chain: list[fx.Node], weight: Layout) -> _Chain | None:
+        """What a weight that is held as `weight` makes of each node; None where a node cannot be had so."""
+        layouts: Layouts = {chain[0]: weight}
+        requires: dict[fx.Node, tuple[tuple[fx.Node, Layout], ...]] = {}
+        localised: dict[fx.Node, Localised] = {}
+        for node in chain[1:]:
+            found = self.inferrer.infer(node, layouts)
+            if found.problem or any(layouts[n] != layout for n, layout in found.requires):
+                return None
+            layouts[node], requires[node] = found.outputs[0], found.requires
+            if is_move(node):
+                alike, done = self.inferrer.localise(node, dict(found.requires), found.outputs)
+                if not alike:
+                    return None
+                if done is not None:
+                    localised[node] = done
+        return layouts, requires, localised

@@ -27,9 +27,8 @@ def explain(program: Program, name: str) -> str:
     Raises PlanError where there is none.
     """
     weight = _find(program, name)
-    layout = program.weight_layouts.get(weight.name)
-    reason = reason_for(program, weight, layout, matrix_users(program))
-    split = "" if layout is None else split_text(layout)
+    reason = reason_for(program, weight, matrix_users(program))
+    split = split_text(program.layout_of(weight.name))
     kind = str(weight.dtype).removeprefix("torch.")
     lines = [f"{weight.name} {list(weight.shape)}, {kind}, {readable(weight.bytes)}: {split or 'whole on every rank'}"]
     if not split:

@@ -242,7 +242,7 @@ def _cause(program: Program, node: fx.Node, users: dict[str, fx.Node]) -> str | 
             why = node.meta.get("why")
             return f"put together by {operation(node).__name__}" + (f": {why}" if why else "")
         if node.op == "get_attr" and (name := str(node.target)) in users and name not in program.weight_layouts:
-            why = reason_for(program, program.weights[name], None, users)
+            why = reason_for(program, program.weights[name], users)
             return f"made with {pattern_of(name)}, which is whole: {why}"
         new = [other for other in node.all_input_nodes if other not in seen and node_values(other)]
         seen.update(new)

@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import fx
@@ -172,45 +172,15 @@ def pattern_of(name: str) -> str:
 
 def make_report(program: Program, *, plan: str, replicas: int = 1, stored_per_rank: tuple[int, ...] = ()) -> Report:
     """Describes a program after its passes. `stored_per_rank`: as in `Report`."""
-    groups: dict[tuple[str, ...], list[Weight]] = defaultdict(list)
     users = matrix_users(program)
-    for weight in program.weights.values():
-        layout = program.weight_layouts.get(weight.name)
-        split = split_text(layout) if layout is not None else ""
-        reason = reason_for(program, weight, layout, users)
-        groups[pattern_of(weight.name), str(weight.shape), split, pattern_of(reason)].append(weight)
-    rows = []
-    for weights in groups.values():
-        weight = weights[0]
-        layout = program.weight_layouts.get(weight.name)
-        rows.append(
-            WeightRow(
-                tuple(w.name for w in weights),
-                weight.shape,
-                weight.bytes,
-                split_text(layout) if layout is not None else "",
-                reason_for(program, weight, layout, users),
-                weight.name in users,
-            )
-        )
-    collectives = tuple(
-        Collective(
-            operation(node).__name__,
-            axes_text(read_call(node).axes),
-            node.meta.get("path", ""),
-            str(node_values(node)[0]),
-            _per_token(node_values(node)[0]),
-        )
-        for node in program.graph.nodes
-        if node.op == "call_function" and node.target in COMMUNICATING
-    )
     ranks = [program.mesh.coordinates(rank) for rank in range(program.mesh.world_size)]
     # many layers and many ranks: weights that are divided alike are reckoned once
     on = _stages_holding(program)
     alike: dict[tuple[object, ...], list[Weight]] = defaultdict(list)
     for weight in program.weights.values():
-        layout = program.weight_layouts.get(weight.name)
-        alike[layout, weight.shape, weight.dtype, weight.name in users, on(weight)].append(weight)
+        alike[program.layout_of(weight.name), weight.shape, weight.dtype, weight.name in users, on(weight)].append(
+            weight
+        )
     counted = [(len(weights), weights[0]) for weights in alike.values()]
     held = [[n * _held(program, w, at) if at["pp"] in on(w) else 0 for n, w in counted] for at in ranks]
     shared = tuple(
@@ -223,8 +193,8 @@ def make_report(program: Program, *, plan: str, replicas: int = 1, stored_per_ra
     return Report(
         model=program.name,
         plan=plan,
-        rows=tuple(rows),
-        collectives=collectives,
+        rows=_weight_rows(program, users),
+        collectives=_collectives(program),
         # one that stages hold under two names is the model's once
         bytes_whole=sum({frozenset((w.name, *w.aliases)): w.bytes for w in program.weights.values()}.values()),
         bytes_per_rank=tuple(map(sum, held)),
@@ -236,6 +206,30 @@ def make_report(program: Program, *, plan: str, replicas: int = 1, stored_per_ra
         replicas=replicas,
         stored_per_rank=stored_per_rank,
         layers=program.layers,
+    )
+
+
+def _weight_rows(program: Program, users: dict[str, fx.Node]) -> tuple[WeightRow, ...]:
+    """One for weights in the same place of several layers that are held alike, for the same reason."""
+    groups: dict[tuple[str, ...], list[WeightRow]] = defaultdict(list)
+    for weight in program.weights.values():
+        split, reason = split_text(program.layout_of(weight.name)), reason_for(program, weight, users)
+        row = WeightRow((weight.name,), weight.shape, weight.bytes, split, reason, weight.name in users)
+        groups[pattern_of(weight.name), str(weight.shape), split, pattern_of(reason)].append(row)
+    return tuple(replace(rows[0], names=tuple(row.names[0] for row in rows)) for rows in groups.values())
+
+
+def _collectives(program: Program) -> tuple[Collective, ...]:
+    return tuple(
+        Collective(
+            operation(node).__name__,
+            axes_text(read_call(node).axes),
+            node.meta.get("path", ""),
+            str(node_values(node)[0]),
+            _per_token(node_values(node)[0]),
+        )
+        for node in program.graph.nodes
+        if node.op == "call_function" and node.target in COMMUNICATING
     )
 
 
@@ -286,8 +280,7 @@ def _too_many_ranks(ranks: int, share: float) -> list[str]:
 
 def _replicated(program: Program, weight: Weight, coordinates: dict[str, int], stages: int) -> int:
     """How many bytes of its part of a weight, which so many stages hold, a rank has in common with others."""
-    layout = program.weight_layouts.get(weight.name)
-    splits = layout.splits if layout is not None else ()
+    splits = program.layout_of(weight.name).splits
     held = _held(program, weight, coordinates)
     if not splits or stages > 1:
         alone = stages == 1 and program.mesh.world_size == program.mesh.size("pp")
@@ -305,9 +298,8 @@ def _replicated(program: Program, weight: Weight, coordinates: dict[str, int], s
 
 
 def _held(program: Program, weight: Weight, coordinates: dict[str, int]) -> int:
-    layout = program.weight_layouts.get(weight.name)
     size = weight.bytes
-    for dim, split in layout.splits if layout is not None else ():
+    for dim, split in program.layout_of(weight.name).splits:
         size = size // weight.shape[dim] * split.at(program.mesh, coordinates).size
     return size
 
@@ -355,8 +347,10 @@ def matrices_of(node: fx.Node) -> list[str]:
     return found
 
 
-def reason_for(program: Program, weight: Weight, layout: Layout | None, users: dict[str, fx.Node]) -> str:
-    if layout is not None:
+def reason_for(program: Program, weight: Weight, users: dict[str, fx.Node]) -> str:
+    """Why every rank holds all of a weight, or several ranks some of it; "" where it is split without that."""
+    layout = program.layout_of(weight.name)
+    if not layout.is_replicated:
         shared = any(sum(split.sizes) > weight.shape[dim] for dim, split in layout.splits)
         if not shared:
             return ""

@@ -71,9 +71,9 @@ def choose_cuts(
     count: int,
     *,
     balance: Balance,
-    speeds: Sequence[float] = (),
-    starts: Sequence[str] = (),
-    shares_head: bool | None = None,
+    speeds: Sequence[float],
+    starts: Sequence[str],
+    shares_head: bool | None,
 ) -> StageTable:
     """The table of `count` stages of a program that is laid out.
 

@@ -28,6 +28,7 @@ from partitioner.program.program import Program, Value
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import REPLICATED, Layout, Split, in_order
 from runtime.ops.collectives import all_gather
+from runtime.ops.communicating import axis_argument
 from runtime.ops.local import reorder
 
 aten = torch.ops.aten
@@ -150,7 +151,7 @@ def share_head(program: Program, speeds: Sequence[float]) -> None:
             continue
         node = each
         if each.target is all_gather:
-            each.args = (each.args[0], axes[0] if len(axes) == 1 else axes)
+            each.args = (each.args[0], axis_argument(axes))
             each.kwargs = {"dim": each.kwargs["dim"], "sizes": list(split.sizes)}
             parts = False
         elif parts:
@@ -164,7 +165,7 @@ def share_head(program: Program, speeds: Sequence[float]) -> None:
     dim = len(node.meta["val"].shape) - 1
     with program.graph.inserting_before(output):
         whole = program.graph.call_function(
-            all_gather, (node, axes[0] if len(axes) == 1 else axes), {"dim": dim, "sizes": list(split.sizes)}
+            all_gather, (node, axis_argument(axes)), {"dim": dim, "sizes": list(split.sizes)}
         )
     whole.meta = {**node.meta, "layout": REPLICATED(dim + 1), "why": why}
     output.replace_input_with(node, whole)

@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import fx
 
-from partitioner.program.node_arguments import arguments, node_values, operation
+from partitioner.program.node_arguments import arguments, node_values, operation, symbols_of
 from partitioner.program.program import Program, Value
 
 aten = torch.ops.aten
@@ -76,4 +76,4 @@ def _is_number(node: fx.Node) -> bool:
 def _depends(value: Any, sequence: sympy.Symbol) -> bool:
     if isinstance(value, Value):
         return any(_depends(size, sequence) for size in value.shape)
-    return isinstance(value, sympy.Basic) and sequence in value.free_symbols
+    return sequence in symbols_of(value)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from partitioner.analysis.rules.data_movement import IDENTITIES
-from partitioner.program.node_arguments import arguments, evaluate, map_nodes, node_values, operation
+from partitioner.program.node_arguments import arguments, evaluate, map_nodes, node_values, operation, symbols_of
 from partitioner.program.program import Program
 from runtime.ops.attention import attention
 from runtime.ops.state import cache_append, position_mask
@@ -32,7 +32,7 @@ _LARGEST = 1 << 22
 
 def counts(slots: sympy.Symbol, size: Any) -> bool:
     """Whether a size depends on the number of slots."""
-    return isinstance(size, sympy.Basic) and slots in size.free_symbols
+    return slots in symbols_of(size)
 
 
 def has_slots(slots: sympy.Symbol, node: fx.Node) -> bool:

@@ -12,7 +12,7 @@ from torch import fx
 
 from partitioner.analysis.layouts.infer_layout import Layouts
 from partitioner.analysis.tokens.token_mixing import BATCH_RULES, first_mixing
-from partitioner.program.node_arguments import arguments
+from partitioner.program.node_arguments import arguments, symbols_of
 from partitioner.program.program import Program, Value
 from partitioner.sharding.layout import REPLICATED
 from runtime.execution.prompts.token_loops import loops_of, states_of
@@ -87,7 +87,7 @@ def _is_by_row(value: object, batch: sympy.Symbol) -> bool:
 
 
 def _is_without(value: object, batch: sympy.Symbol) -> bool:
-    return isinstance(value, Value) and all(batch not in sympy.sympify(size).free_symbols for size in value.shape)
+    return isinstance(value, Value) and all(batch not in symbols_of(size) for size in value.shape)
 
 
 def _read(node: fx.Node, layouts: Layouts) -> str | None:

@@ -1,1 +1,1 @@
-"""What torch.export does beside a trace and nothing here reads, or does again and again: left out while one is made."""
+"""Work that torch.export does beside a trace: what nothing here reads is left out, what repeats is done once."""

@@ -1,1 +1,1 @@
-"""The model as a graph that continues sequences, by its own use of a cache."""
+"""Graphs that continue sequences, traced from the model's own use of a cache."""

@@ -118,7 +118,7 @@ def _split(
             node.replace_all_uses_with(current[node.args[0]][int(node.args[2]) % size])
     found = []
     for index, (first, now) in enumerate(zip(firsts, current[value], strict=True)):
-        if now in (each for each in current[base]):
+        if now in current[base]:
             return None
         found.append((replace(state, name=f"{state.name}.{index}", shape=shape), first, now))
     return found

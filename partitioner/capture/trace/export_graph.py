@@ -151,7 +151,7 @@ def export_step(
     kinds: list[MaskKind | None],
     dims: Mapping[str, Mapping[int, Any]],
     *,
-    shared: SharedLayers | None = None,
+    shared: SharedLayers | None,
 ) -> ExportedProgram:
     """`stepping` holds the fake model as `model`, takes the examples in order, returns a tuple; `dims`: symbolic."""
     masks = _Masks(kinds)

@@ -24,8 +24,9 @@ from partitioner.analysis.report.report import Report
 from partitioner.cli.jobs.compile import Compile
 from partitioner.cli.jobs.verify import Case
 from partitioner.compile.compare import Divergence, difference, first_divergence, tolerance
-from partitioner.compile.partition import compile_program, trace
+from partitioner.compile.partition import compile_program
 from partitioner.compile.parts import Parts
+from partitioner.compile.tracing.trace import trace
 from partitioner.errors import InputError, WeightError
 from partitioner.proof.float64 import ExactArithmetic, in_float64
 from partitioner.storage.dtypes import dtype_named

@@ -1,1 +1,1 @@
-"""What several commands have in common: options, how errors are told, what a compile is doing."""
+"""What several commands share: options, error messages, progress."""

@@ -1,1 +1,1 @@
-"""What the launcher starts once per rank, for the commands that start any."""
+"""Modules that the launcher runs once per rank, for the commands that start ranks."""

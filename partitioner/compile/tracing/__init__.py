@@ -1,1 +1,1 @@
-"""Models to programs before any pass, and whether their ways to run say the same."""
+"""Models as canonical programs before any pass, and whether their ways to run say the same."""

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from partitioner.analysis.tokens.tokens_as_rows import why_rows_meet
 from partitioner.capture import capture, capture_piece, capture_step
-from partitioner.compile.canonicalize import canonicalize
-from partitioner.compile.input_bounds import bound_inputs
 from partitioner.compile.pass_manager.choose_passes import choose
 from partitioner.compile.pass_manager.run_passes import run_passes
+from partitioner.compile.tracing.canonicalize import canonicalize
+from partitioner.compile.tracing.input_bounds import bound_inputs
 from partitioner.compile.tracing.probe_decode import TOKENS, compare_steps
 from partitioner.errors import CaptureError, PlanError
 from partitioner.program.pause_collector import collector_paused

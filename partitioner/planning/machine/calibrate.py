@@ -143,11 +143,9 @@ class Calibration:
         return self._of_windows(self._took[kernel])
 
 
-def calibrate(
-    agree: Callable[[float], float], clock: Callable[[], float] = time.perf_counter
-) -> tuple[Kernels, Device]:
+def calibrate(agree: Callable[[float], float]) -> tuple[Kernels, Device]:
     """Of now, as `Calibration` has them."""
-    calibration = Calibration(agree, clock)
+    calibration = Calibration(agree)
     calibration.measure()
     return calibration.tables()
 

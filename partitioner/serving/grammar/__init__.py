@@ -1,1 +1,1 @@
-"""Answers of a form that was asked for: from a JSON schema to the tokens that may come next."""
+"""Structured answers: from a JSON schema to a grammar that constrains tokens."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from partitioner.errors import InputError
@@ -13,8 +12,8 @@ _IN_NO_TEXT = b"\xff"
 """No letter's bytes in UTF-8. What has no bytes at all could not be named either."""
 
 
-def vocabulary_of(tokenizer: Any, ends: Sequence[int] = ()) -> str:
-    """For `launch(vocabulary=)`. ends: ids after which a text may end, beside the tokenizer's own.
+def vocabulary_of(tokenizer: Any) -> str:
+    """For `launch(vocabulary=)`; a text may end behind the tokenizer's own ends.
 
     Special and added tokens are in no text of a grammar, but it may name them by their ids. Needs the extra
     `partitioner[grammar]`; raises InputError without it, and for a tokenizer of which xgrammar does not know how it
@@ -29,7 +28,7 @@ def vocabulary_of(tokenizer: Any, ends: Sequence[int] = ()) -> str:
     from runtime.sampling.grammar import vocabulary_text
 
     own = tokenizer.eos_token_id
-    stops = sorted({*ends, *(own if isinstance(own, list) else () if own is None else (own,))})
+    stops = sorted(set(own if isinstance(own, list) else () if own is None else (own,)))
     try:
         words = list(xgrammar.TokenizerInfo.from_huggingface(tokenizer, stop_token_ids=stops or [0]).decoded_vocab)
     except Exception as error:  # what xgrammar raises has no class of its own

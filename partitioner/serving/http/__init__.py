@@ -1,1 +1,1 @@
-"""The server: routes, limits, keys, health, metrics, its end."""
+"""The HTTP server: routes, limits, keys, health, metrics, shutdown."""

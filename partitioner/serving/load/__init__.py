@@ -1,1 +1,1 @@
-"""Requests as a population of users would send them, and what came of them."""
+"""A load generator: requests as many users would send them, and the times measured."""

@@ -1,1 +1,1 @@
-"""The OpenAI API as data: what is asked, what is answered, and how it is said that something cannot be done."""
+"""The OpenAI API as data: requests, answers, errors."""

@@ -1,1 +1,1 @@
-"""Text in and out of the commands: a chat as its template writes it, answers as they come."""
+"""Text in and out: chat templates, and tokens decoded as they come."""

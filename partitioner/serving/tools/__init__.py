@@ -1,1 +1,1 @@
-"""Tools that an answer may call: how the model's own template writes a call, and calls read from what was written."""
+"""Tool calls: the form in which a model's chat template writes them, and reading them from its text."""

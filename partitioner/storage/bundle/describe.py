@@ -32,7 +32,7 @@ def describe(bundle: Bundle) -> str:
     return "\n".join(lines)
 
 
-def show_graph(bundle: Bundle, rank: int, *, generation: bool = False) -> str:
+def show_graph(bundle: Bundle, rank: int, *, generation: bool) -> str:
     """What a rank runs, as `name = op(arguments)`, with its own integers in place."""
     program = bundle.entry("decode" if generation else "text", rank)
     ((template, _),) = share([program.graph])

@@ -27,7 +27,7 @@ class SliceOrigins:
     """
 
     def __init__(
-        self, stored: Iterable[Stored], files: TensorFiles, held: Iterable[HeldSlice] = (), *, mapped: bool = False
+        self, stored: Iterable[Stored], files: TensorFiles, held: Iterable[HeldSlice], *, mapped: bool
     ) -> None:
         self.files = files
         self._mapped = mapped

@@ -59,9 +59,9 @@ def save_ranks(
     plan: Plan,
     model: ModelRecord,
     report: str,
-    tokenizer: str | Path | None = None,
-    reference: bool = False,
-    digests: bool = True,
+    tokenizer: str | Path | None,
+    reference: bool,
+    digests: bool,
 ) -> None:
     """Writes all ranks to `folder`, which must be new or empty. `tokenizer`: a folder with its files, copied too.
 

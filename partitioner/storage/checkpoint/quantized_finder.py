@@ -75,11 +75,11 @@ class Finder:
                 "its quantization_config that of another"
             )
 
-    def integer(self, fields: Mapping[str, Any], name: str, default: int, *, least: int = 1) -> int:
+    def integer(self, fields: Mapping[str, Any], name: str, default: int) -> int:
         value = fields.get(name, default)
-        if type(value) is not int or not (least <= value <= _LARGEST_GROUP or value == -1):
+        if type(value) is not int or not (1 <= value <= _LARGEST_GROUP or value == -1):
             raise CaptureError(
-                f"{self.where}: {name} of quantization_config must be a whole number of at least {least}, got "
+                f"{self.where}: {name} of quantization_config must be a whole number of at least 1, got "
                 f"{str(value)[:100]!r}"
             )
         return value
@@ -116,7 +116,7 @@ class Finder:
         )
         return Reader(self.files).load([shard], torch.device("cpu"))[0].to(torch.int64)
 
-    def block_of(self, name: str, default: Any = None) -> tuple[int, int] | None:
+    def block_of(self, name: str, default: Any) -> tuple[int, int] | None:
         return self.pair(self.fields.get(name, default), name)
 
     def pair(self, value: Any, name: str) -> tuple[int, int] | None:

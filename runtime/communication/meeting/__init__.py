@@ -1,1 +1,1 @@
-"""How the ranks of process groups meet, and what they tell each other beside their tensors."""
+"""How the ranks of process groups connect, and small messages that they exchange beside tensors."""

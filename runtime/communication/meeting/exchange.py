@@ -23,8 +23,8 @@ import torch
 from torch import distributed as dist
 
 from partitioner.errors import CommunicationError
+from runtime.processes.authenticated_links import LONGEST
 from runtime.processes.heartbeat import Heartbeat
-from runtime.processes.links import LONGEST
 from runtime.processes.listening import listening_sockets, shut
 
 __all__ = ["HostGather", "exchange_json", "shut_out_strangers"]

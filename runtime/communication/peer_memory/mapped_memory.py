@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import functools
 import math
-import platform
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +27,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from runtime.communication.group_collectives import Group
 from runtime.ops.kernels.triton_needs import missing_for_triton
+from runtime.processes.place import kernel_id
 
 __all__ = [
     "BLOCKS",
@@ -101,10 +100,9 @@ class Geometry:
 
 def standing(device: torch.device) -> dict[str, Any]:
     """What the others must know of this rank."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
     properties = torch.cuda.get_device_properties(device)
     return {
-        "host": boot.read_text().strip() if boot.exists() else platform.node(),
+        "host": kernel_id(),
         "gpu": str(properties.uuid),
         "name": properties.name,
         "capability": [properties.major, properties.minor],

@@ -36,7 +36,7 @@ from runtime.communication.peer_memory.rows.few_row_sums import FewRowSums, as_w
 from runtime.communication.peer_memory.rows.merge_parts import PartMerge
 from runtime.communication.peer_memory.rows.push_rows import PeerRows
 from runtime.communication.peer_memory.rows.sum_rows import RowSums
-from runtime.communication.peer_memory.under_way import UnderWay
+from runtime.communication.peer_memory.side_stream import SideStream
 from runtime.ops.communicating import Kind
 from runtime.ops.kernels.decode.few_rows import can_launch_early
 from runtime.ops.kernels.triton_needs import launch
@@ -75,15 +75,15 @@ class PeerMemory:
         self._late = torch.zeros(group.size, dtype=torch.int32, pin_memory=True)
         self._abandoned = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         self._patience_ns = int(timeout_s * 1e9)
-        self.under_way = UnderWay(device)
+        self.side_stream = SideStream(device)
         waiting = self._late.data_ptr(), self._abandoned.data_ptr(), self._patience_ns
-        self.row_sums = RowSums(group, memory, handle, self._table, waiting, self.under_way)
+        self.row_sums = RowSums(group, memory, handle, self._table, waiting, self.side_stream)
         self.few_row_sums = FewRowSums(
-            group, self._table, self._small_counters, waiting, self.under_way,
+            group, self._table, self._small_counters, waiting, self.side_stream,
             lambda x: self.way("all_reduce", x) == "small", early=self._early,
         )  # fmt: skip
         self.part_merge = PartMerge(
-            group, self._table, self._small_counters, waiting, self.under_way, early=self._early
+            group, self._table, self._small_counters, waiting, self.side_stream, early=self._early
         )
         self.choice: Choice = Choice.unmeasured()
         self.rows: PeerRows | None = None
@@ -307,7 +307,7 @@ class PeerMemory:
         """
         if piece == 0:
             return
-        self.under_way.wait()
+        self.side_stream.wait()
         x = x.contiguous().view(-1)
         dtype, geometry, group = x.dtype, self._geometry, self._group
         if way == "small":
@@ -342,7 +342,7 @@ class PeerMemory:
             )
             return
         chunk = geometry.chunk_bytes // x.element_size()
-        most = min(_BESIDE, self._blocks) if self.under_way.is_here else self._blocks
+        most = min(_BESIDE, self._blocks) if self.side_stream.is_current else self._blocks
         num_blocks = most if counts is not None else min(most, -(-piece // chunk))
         sent, received = counts or (self._table, self._table)
         if not sums and dtype == torch.bool:

@@ -32,15 +32,15 @@ from partitioner.errors import CommunicationError, RankMismatch
 from runtime.communication.channels import Handle, PersistentPermute
 from runtime.communication.group_collectives import sum_in_order
 from runtime.communication.matching_calls import Call
-from runtime.communication.shared_memory.patience import (
+from runtime.communication.shared_memory.segment import Segment
+from runtime.communication.shared_memory.waiting import (
     BROKEN,
     DISAGREE,
     DONE,
     FULL,
-    PATIENCE_NS,
-    Patience,
+    WAIT_NS,
+    Waiter,
 )
-from runtime.communication.shared_memory.segment import Segment
 
 __all__ = ["MOST_AWAITED", "Mailboxes", "declare"]
 
@@ -52,7 +52,7 @@ _DTYPES = sorted({each for each in vars(torch).values() if isinstance(each, torc
 
 @dataclass(eq=False, slots=True)
 class _Awaited:
-    """A message that this rank has begun to receive. wanted: what `post_take` is given, the patience last but one."""
+    """A message that this rank has begun to receive. wanted: what `post_take` is given; last but one, how long."""
 
     sender: int
     size: tuple[int, int, int]
@@ -69,11 +69,11 @@ class Mailboxes:
     """One rank's end; `start`: of the doors and mailboxes in the segment, behind which are the arenas."""
 
     def __init__(
-        self, library: ctypes.CDLL, segment: Segment, start: int, ranks: Sequence[int], rank: int, *, patience: Patience
+        self, library: ctypes.CDLL, segment: Segment, start: int, ranks: Sequence[int], rank: int, *, waiter: Waiter
     ) -> None:
         self._ranks, self._own = tuple(ranks), ranks.index(rank)
         self._library = library
-        self._segment, self._start, self._patience = segment, start, patience
+        self._segment, self._start, self._waiter = segment, start, waiter
         size = len(ranks)
         arena_bytes = (segment.address.num_bytes - start - library.post_bytes(size)) // size
         place = segment.start + start, size, self._own, arena_bytes, segment.descriptor
@@ -95,7 +95,7 @@ class Mailboxes:
 
             def finish() -> Tensor:
                 if not self._is_closed and self._library.post_num_untaken(self._post, to):
-                    self._patience.require_alive(to)
+                    self._waiter.require_alive(to)
                 return x
 
             return Handle(finish)
@@ -216,7 +216,7 @@ class Mailboxes:
         return Handle(lambda: self._taken((awaited,), out), into=out)
 
     def _given(self, kind: int, to: int, x: int, size: tuple[int, int, int]) -> tuple[Any, ...]:
-        """What `post_send` is given, the patience last: none, for nearly always nobody is full."""
+        """What `post_send` is given, how long it waits last: not at all, for nearly always nobody is full."""
         return self._post, to, x, *size, kind, self._start, 0
 
     def _send(self, call: Call, given: tuple[Any, ...]) -> None:
@@ -231,7 +231,7 @@ class Mailboxes:
         """Goes on with a send that has not been done at once."""
         send, (post, to, _, rows, width, *_) = self._library.post_send, given
         full = functools.partial(self._library.post_num_untaken, post, to)
-        status = self._patience.see_through(
+        status = self._waiter.wait(
             status,
             lambda patience_ns: send(*given[:-1], patience_ns),
             lambda: [to] if full() >= 2 * MOST_AWAITED else [],
@@ -254,7 +254,7 @@ class Mailboxes:
     def _wanted(
         self, call: Call, kind: int, sender: int, out: int, size: tuple[int, int, int], keep: Tensor
     ) -> _Awaited:
-        wanted = self._post, sender, out, *size, kind, PATIENCE_NS, self._brought
+        wanted = self._post, sender, out, *size, kind, WAIT_NS, self._brought
         return _Awaited(sender, size, kind, call, keep, wanted)
 
     def _await(self, awaited: _Awaited) -> None:
@@ -292,7 +292,7 @@ class Mailboxes:
         """Goes on with the first take of a queue that has not been done at once."""
         first, library, post = queue[0], self._library, self._post
         sender = first.sender
-        status = self._patience.see_through(
+        status = self._waiter.wait(
             status,
             lambda patience_ns: library.post_take(*first.wanted[:-2], patience_ns, self._brought),
             lambda: [] if library.post_has_come(post, sender) else [sender],

@@ -17,7 +17,6 @@ import ctypes
 import functools
 import math
 import os
-import platform
 import resource
 import sys
 import weakref
@@ -34,10 +33,11 @@ from runtime.communication.channels import require_piece
 from runtime.communication.group_collectives import sum_in_order
 from runtime.communication.matching_calls import Call
 from runtime.communication.shared_memory.mailboxes import Mailboxes, declare
-from runtime.communication.shared_memory.patience import DISAGREE, DONE, PATIENCE_NS, Disconnected, Patience
 from runtime.communication.shared_memory.segment import Address, Segment
+from runtime.communication.shared_memory.waiting import DISAGREE, DONE, WAIT_NS, Disconnected, Waiter
 from runtime.ops.communicating import Kind
 from runtime.ops.kernels.native.build_native import CannotBuild, Native, load
+from runtime.processes.place import kernel_id
 
 __all__ = ["Disconnected", "SharedMemory", "Unavailable"]
 
@@ -72,12 +72,12 @@ class SharedMemory:
         self.ranks, self.rank = tuple(ranks), rank
         self.build_s = native.seconds
         self._coordinate = self.ranks.index(rank)
-        self._segment, self._patience = segment, Patience(segment, self.ranks, timeout_s)
+        self._segment, self._waiter = segment, Waiter(segment, self.ranks, timeout_s)
         self._library = library = native.library
         self._group = library.group_new(segment.start, len(ranks), self._coordinate, slot_bytes)
         weakref.finalize(self, library.group_free, self._group)
         start = _bytes_of_parts(len(ranks), slot_bytes)
-        self.messages = Mailboxes(library, segment, start, self.ranks, rank, patience=self._patience)
+        self.messages = Mailboxes(library, segment, start, self.ranks, rank, waiter=self._waiter)
 
     @classmethod
     def connect(
@@ -136,7 +136,7 @@ class SharedMemory:
                 x = out = x.contiguous()
             else:
                 out = x if overwrite else torch.empty_like(x)
-            status = start(group, x.data_ptr(), out.data_ptr(), x.numel(), kind, PATIENCE_NS)
+            status = start(group, x.data_ptr(), out.data_ptr(), x.numel(), kind, WAIT_NS)
             if status != DONE:
                 self._see_through(status, call.on(x))
             return out
@@ -162,7 +162,7 @@ class SharedMemory:
             rows, widths, shape = plan(x.shape, x.element_size())
             x = x.contiguous()
             out = x.new_empty(shape)
-            status = start(group, x.data_ptr(), out.data_ptr(), rows, widths, PATIENCE_NS)
+            status = start(group, x.data_ptr(), out.data_ptr(), rows, widths, WAIT_NS)
             if status != DONE:
                 self._see_through(status, call.on(x))
             return out
@@ -194,7 +194,7 @@ class SharedMemory:
     def _see_through(self, status: int, call: Call) -> None:
         """Go on waiting until the operation is done, or cannot be."""
         group, advance = self._group, self._library.group_advance
-        if self._patience.see_through(status, lambda ns: advance(group, ns), self._late) == DISAGREE:
+        if self._waiter.wait(status, lambda ns: advance(group, ns), self._late) == DISAGREE:
             raise self._disagreement(call)
 
     def _late(self) -> list[int]:
@@ -243,12 +243,10 @@ def _host() -> str:
     """Names the running kernel and its network as this process sees it: hosts may have the same name, containers of one
     host may not. Ranks whose networks are two meet over what joins these, and must notice when that is gone.
     """
-    path = Path("/proc/sys/kernel/random/boot_id")
-    kernel = path.read_text().strip() if path.exists() else platform.node()
     try:
-        return f"{kernel} {os.readlink('/proc/self/ns/net')}"
+        return f"{kernel_id()} {os.readlink('/proc/self/ns/net')}"
     except OSError:
-        return kernel
+        return kernel_id()
 
 
 def _met(everyone: list[Any]) -> list[tuple[str, str, Address | None]]:

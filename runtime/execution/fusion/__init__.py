@@ -1,1 +1,1 @@
-"""Ops that become one: chains of elementwise ops, and products with what stands before and behind them."""
+"""Fusion on a GPU: chains of elementwise ops, and products with norms before and gates behind them."""

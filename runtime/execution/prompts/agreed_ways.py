@@ -8,11 +8,10 @@ from typing import Self
 
 import torch
 
-from runtime.communication.communicator import Communicator
+from runtime.communication.communicator import Communicator, gather_all
 from runtime.execution.prompts.captured_pieces import asks_host
 from runtime.execution.prompts.in_turns import can_take_turns, turns_from
 from runtime.kv_cache.cache import Cache
-from runtime.kv_cache.cache_size import gathered
 from runtime.kv_cache.paged_cache import PagedCache
 from runtime.program.rank_program import RankProgram
 
@@ -59,7 +58,7 @@ class AgreedWays:
         if not may_capture:
             return cls(turns, takes_turns, is_steady, packs_steadily=False)
         mine = torch.tensor([[turns, not takes_turns, not is_steady, not packs]], device=device)
-        turns, *others = gathered(communicator, mine).amax(0).tolist()
+        turns, *others = gather_all(communicator, mine).amax(0).tolist()
         return cls(turns, *(not each for each in others))
 
 

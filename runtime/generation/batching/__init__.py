@@ -1,1 +1,1 @@
-"""Many requests at once: which of them run in each step, where in the cache they lie, and their next tokens."""
+"""Continuous batching: the scheduler, where sequences lie in the cache, and their next tokens."""

@@ -78,12 +78,12 @@ class BatchLoop:
         device: torch.device,
         profiler: Profiler,
         *,
-        size: CacheSize | None = None,
-        rows: int | None = None,
-        vocabulary: str | None = None,
+        size: CacheSize | None,
+        rows: int | None,
+        vocabulary: str | None,
         block_size: int | None = None,
-        compile: bool = False,
-        cuda_graph: bool = False,
+        compile: bool,
+        cuda_graph: bool,
     ) -> None:
         self._prefill_by, self._decode_by = prefill, decode
         self.program = prefill.program

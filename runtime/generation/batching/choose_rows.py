@@ -24,12 +24,12 @@ from runtime.generation.generation_request import GenerationRequest
 from runtime.program.rank_program import RankProgram
 from runtime.sampling.grammar import Grammars, among
 from runtime.sampling.row_sampler import RowOptions, RowSampler
-from runtime.sampling.sampler import Sampler
+from runtime.sampling.sampler import Sampler, history_of
 from runtime.sampling.sampling_options import Sampling
 from runtime.sampling.token_edits import TokenEdits
 from runtime.sampling.vocabulary_search import VocabularySearch
 
-__all__ = ["Asked", "Choice", "RowChooser", "numbers_of"]
+__all__ = ["Asked", "Choice", "RowChooser", "choice_of", "numbers_of"]
 
 _MOST_SAMPLERS = 256
 AT_ONCE_ON = frozenset({"cuda"})
@@ -57,6 +57,15 @@ def numbers_of(choice: Choice | None, named: int) -> list[float]:
     pairs = [value for pair in choice.top or () for value in pair]
     rest = [math.nan] * (2 * named - len(pairs))
     return [choice.token, math.nan if choice.logprob is None else choice.logprob, *pairs, *rest]
+
+
+def choice_of(numbers: Sequence[float], *, whose: str) -> Choice:
+    """What `numbers_of` was told of. whose: the logits that leave no token, where there is none."""
+    token, logprob, *rest = numbers
+    if token < 0:
+        return Choice(-1, error=SamplingError(f"no token can be chosen: {whose} logits or rules leave none"))
+    pairs = [(int(each), value) for each, value in zip(rest[::2], rest[1::2], strict=True) if not math.isnan(each)]
+    return Choice(int(token), None if math.isnan(logprob) else logprob, tuple(pairs) or None)
 
 
 class Asked:
@@ -231,7 +240,7 @@ class RowChooser:
         if known:
             scored, _ = self._sampler(sampling).top(chosen, torch.tensor(known, device=self._device), 1)
             return [Choice(token, logprob) for token, logprob in zip(known, scored[:, 0].tolist(), strict=True)]
-        history, lengths = self._history(sampling, mine)
+        history, lengths = history_of(sampling, [each.text for each in mine], self._device)
         sample = self._profiler.timed("sampling", self._sampler(sampling))
         tokens, logprobs = sample(
             chosen,
@@ -281,15 +290,6 @@ class RowChooser:
                 )
             self._samplers[sampling] = made
         return self._samplers[sampling]
-
-    def _history(self, sampling: Sampling, asked: Sequence[Asked]) -> tuple[Tensor | None, Tensor | None]:
-        """The tokens so far [n, L], of which the first [n] count; only the repetition penalty asks for them."""
-        if sampling.repetition_penalty == 1:
-            return None, None
-        lengths = torch.tensor([len(each.text) for each in asked], device=self._device)
-        most = max(len(each.text) for each in asked)
-        rows = [each.text + [0] * (most - len(each.text)) for each in asked]
-        return torch.tensor(rows, device=self._device), lengths
 
 
 def _alike(sampling: Sampling) -> Sampling:

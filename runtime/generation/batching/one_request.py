@@ -16,7 +16,7 @@ __all__ = ["one_request"]
 
 
 def one_request(
-    loop: BatchLoop, request: GenerationRequest, *, given: Sequence[Sequence[int]] | None = None
+    loop: BatchLoop, request: GenerationRequest, *, given: Sequence[Sequence[int]] | None
 ) -> Generator[Step]:
     """On all ranks of a world alike. Raises what one of the rows meets; the others are given up with it.
 

@@ -15,21 +15,19 @@ sequence, single tokens run in steps of their own, since a prompt's step would d
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
-from partitioner.errors import InputError, SamplingError
-from runtime.communication.communicator import Communicator
+from partitioner.errors import InputError
+from runtime.communication.communicator import Communicator, all_stages
 from runtime.execution.profile import Profiler
-from runtime.generation.batching.choose_rows import Choice, numbers_of
+from runtime.generation.batching.choose_rows import Choice, choice_of, numbers_of
 from runtime.generation.batching.places import Places, Run
 from runtime.generation.batching.scheduler import Scheduler, next_alike
 from runtime.generation.batching.work import Counts, Limits, Work
-from runtime.kv_cache.cache_size import all_stages
 from runtime.ops.communicating import as_axes
 from runtime.ops.rows import collect_rows
 from runtime.program.rank_program import RankProgram
@@ -77,7 +75,7 @@ class DealtScheduler:
         """Whose sequence it is."""
         return self.each.index(self._owners[number])
 
-    def next_of_all(self, group: int = 0) -> list[Work | None]:
+    def next_of_all(self, group: int) -> list[Work | None]:
         """What each rank runs next; group: as `Scheduler.next` has it."""
         is_shared = self.limits.shared_out is not None
         found = next_alike(self.each, group) if is_shared else [each.next(group) for each in self.each]
@@ -169,14 +167,6 @@ class OwnBatches:
             # a rank's own refusals say why
             {number: choices[number] for number in those}
             if rank == self._index
-            else dict(zip(those, map(_choice, rows), strict=False))
+            else {number: choice_of(row, whose="its rank's") for number, row in zip(those, rows, strict=False)}
             for rank, (those, rows) in enumerate(zip(numbers, everyone, strict=True))
         ]
-
-
-def _choice(said: Sequence[float]) -> Choice:
-    token, logprob, *rest = said
-    if token < 0:
-        return Choice(-1, error=SamplingError("no token can be chosen: its rank's logits or rules leave none"))
-    pairs = [(int(each), value) for each, value in zip(rest[::2], rest[1::2], strict=True) if not math.isnan(each)]
-    return Choice(int(token), None if math.isnan(logprob) else logprob, tuple(pairs) or None)

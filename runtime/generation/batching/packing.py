@@ -10,19 +10,14 @@ itself (`PagedCache`). All stages must agree, since all follow the same schedule
 from __future__ import annotations
 
 import torch
-from torch import fx
 
-from runtime.communication.communicator import Communicator
-from runtime.kv_cache.cache_size import gathered
-from runtime.ops.cached_attention import cached_attention
+from runtime.communication.communicator import Communicator, gather_all
+from runtime.execution.executable import OVER_CACHE, has_mask
 from runtime.ops.rows.share_rows import own_last_token
-from runtime.ops.state.latent_attention import latent_attention
 from runtime.program.rank_program import RankProgram
 
 __all__ = ["TOKENS_SHARED_OUT", "why_not_packed"]
 
-_ATTENTION = {cached_attention: 4, latent_attention: 7}
-"""By op, the place of its mask among its operands."""
 _KNOWN_INPUTS = {"input_ids", "position_ids", "last"}
 _ROWS_OF_THEIR_OWN = "ranks that share out experts have sequences of their own, and their steps go together"
 TOKENS_SHARED_OUT = "ranks share out the tokens of a sequence, which lies in a row of its own"
@@ -43,19 +38,19 @@ def why_not_packed(program: RankProgram, communicator: Communicator, device: tor
         return _ROWS_OF_THEIR_OWN
     code = _code(program)
     if program.stage is not None:
-        code = int(gathered(communicator, torch.tensor([code], device=device)).max())
+        code = int(gather_all(communicator, torch.tensor([code], device=device)).max())
     return _REASONS[code]
 
 
 def _code(program: RankProgram) -> int:
     if any(not state.per_token for state in program.states):
         return 1
-    held = {str(node.kwargs["state"]) for node in program.graph.nodes if node.target in _ATTENTION}
+    held = {str(node.kwargs["state"]) for node in program.graph.nodes if node.target in OVER_CACHE}
     if any(given.name not in _KNOWN_INPUTS for given in program.inputs) or not all(
         state.name.rpartition(".")[0] in held for state in program.states
     ):
         return 2
-    if any(_has_mask(node) for node in program.graph.nodes):
+    if any(has_mask(node) for node in program.graph.nodes):
         return 3
     if program.limits.get("sequence", (1, None)) != (1, None) or program.limits.get("batch", (1, None))[0] > 1:
         return 4
@@ -64,10 +59,3 @@ def _code(program: RankProgram) -> int:
     if program.stage is not None and any("sequence" not in each.shape for each in program.stage.receives):
         return 6
     return 0
-
-
-def _has_mask(node: fx.Node) -> bool:
-    place = _ATTENTION.get(node.target)  # type: ignore[arg-type]
-    if place is None:
-        return False
-    return node.kwargs.get("mask") is not None or (len(node.args) > place and node.args[place] is not None)

@@ -20,10 +20,10 @@ from runtime.generation.choose_tokens import TokenChooser
 from runtime.generation.conversation import Conversation
 from runtime.generation.decode_graphs.stage_decoder import StageDecoder
 from runtime.generation.generation_request import Step
+from runtime.generation.staged.group_results import GroupResults
 from runtime.generation.staged.part import Part
-from runtime.generation.staged.said import Said
-from runtime.pipeline.lanes import Lanes
 from runtime.pipeline.relay import Relay
+from runtime.pipeline.streams import Streams
 
 __all__ = ["Relayed"]
 
@@ -37,18 +37,23 @@ class Relayed:
         groups: list[Conversation],
         rows: list[slice],
         chooser: TokenChooser,
-        said: Said,
+        results: GroupResults,
         *,
         most: int,
     ) -> None:
         """most: how many steps there are at most."""
-        self._part, self._groups, self._chooser, self._said = part, groups, chooser, said
+        self._part, self._groups, self._chooser, self._results = part, groups, chooser, results
         self._turns = len(groups) * most
         self._members = [
             self._member(group, of_group) if group.texts else None for group, of_group in zip(groups, rows, strict=True)
         ]
         self._relay = Relay(
-            part.stage, self._members, part.channel, part.communicator, Lanes(part.device), shares_head=part.shares_head
+            part.stage,
+            self._members,
+            part.channel,
+            part.communicator,
+            Streams(part.device),
+            shares_head=part.shares_head,
         )
 
     def _member(self, group: Conversation, rows: slice) -> StageDecoder:
@@ -63,27 +68,27 @@ class Relayed:
         self._relay.leave()
 
     def steps(self) -> Iterator[Step]:
-        num, turns, said = len(self._groups), self._turns, self._said
+        num, turns, results = len(self._groups), self._turns, self._results
         try:
             for turn in range(turns):
                 if turn >= 2 * num:
                     self._hear(turn - 2 * num)
-                if said.has_next:
-                    yield said.next()
-                more = not said.is_over and turn + 1 < turns
+                if results.has_next:
+                    yield results.next()
+                more = not results.is_over and turn + 1 < turns
                 self._relay.turn(more=more)
                 if not more:
                     break
         except (GeneratorExit, SamplingError):
             self.leave()
             raise
-        if not said.is_over:
+        if not results.is_over:
             for turn in range(max(0, turns - 2 * num), turns - num):
                 self._hear(turn)
             for turn, best in enumerate(self._last_chosen(), start=turns - num):
                 self._learn(turn, best)
-        while said.has_next:
-            yield said.next()
+        while results.has_next:
+            yield results.next()
 
     def _hear(self, turn: int) -> None:
         """What was chosen in a turn, by what the group's next one began with."""
@@ -93,7 +98,7 @@ class Relayed:
     def _learn(self, turn: int, best: Tensor) -> None:
         number = turn % len(self._groups)
         if not self._groups[number].is_over:
-            self._said.learn(number, self._chooser.sampler.chosen(best), None)
+            self._results.learn(number, self._chooser.sampler.chosen(best), None)
 
     def _last_chosen(self) -> list[Tensor]:
         """By group [2, rows] on the host: what was chosen last. A stage that alone knows it tells all."""

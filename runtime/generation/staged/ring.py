@@ -18,8 +18,8 @@ from torch import Tensor
 from runtime.generation.choose_tokens import TokenChooser
 from runtime.generation.conversation import Conversation
 from runtime.generation.generation_request import Step
+from runtime.generation.staged.group_results import GroupResults
 from runtime.generation.staged.part import Part
-from runtime.generation.staged.said import Said
 from runtime.pipeline.message import Message, MessageReader, MessageWriter
 from runtime.pipeline.schedule import Action, Head, Run, Shift, in_slot
 
@@ -37,12 +37,12 @@ class Ring:
         groups: list[Conversation],
         rows: list[slice],
         chooser: TokenChooser,
-        said: Said,
+        results: GroupResults,
         length: int,
         *,
         scored: bool,
     ) -> None:
-        self.part, self.groups, self.rows, self.chooser, self.said = part, groups, rows, chooser, said
+        self.part, self.groups, self.rows, self.chooser, self.results = part, groups, rows, chooser, results
         self.most = max(len(group.texts) for group in groups)
         self.stage, self.count = part.stage.index, part.stage.count
         self.slot = 0
@@ -63,11 +63,11 @@ class Ring:
         """What each group was given last."""
 
     def steps(self) -> Iterator[Step]:
-        while not (self.said.is_over and self.slot > self._end):
+        while not (self.results.is_over and self.slot > self._end):
             self.advance(runs=True)
-            if self.said.has_next:
+            if self.results.has_next:
                 try:
-                    yield self.said.next()
+                    yield self.results.next()
                 except GeneratorExit:
                     # the other ranks have not learnt this step yet
                     while self.slot <= self._end:
@@ -97,7 +97,7 @@ class Ring:
         self.part.communicator.begin_run(new_shapes=self.slot == 0)
         self._permute.begin()
         if own is not None and self.chosen is not None:  # while the others have their message already
-            self.said.learn(own, self.chosen.tokens, self.chosen.logprobs)
+            self.results.learn(own, self.chosen.tokens, self.chosen.logprobs)
             self.chosen = None
         packed = self._permute.finish()
         if takes is not None:
@@ -130,7 +130,7 @@ class Ring:
             return
         made, self.made = self.made, None
         logits = self.part.run.head(group.next_piece(), made, decode=True)
-        self.said.learn(number, *self.chooser.choose(logits[:, 0], group))
+        self.results.learn(number, *self.chooser.choose(logits[:, 0], group))
 
     def _take(self, number: int, packed: Tensor) -> None:
         group = self.groups[number]
@@ -139,7 +139,7 @@ class Ring:
             self.received[number] = message.values
         if message.step == group.step + 1:
             self.latest[number] = message._replace(values=())
-            self.said.learn(number, message.tokens, message.logprobs)
+            self.results.learn(number, message.tokens, message.logprobs)
             self.last_chosen = max(self.last_chosen, self.slot - self._delay(self.stage))
 
 

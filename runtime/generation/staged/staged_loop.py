@@ -17,15 +17,15 @@ from runtime.execution.profile import Profiler
 from runtime.generation.choose_tokens import TokenChooser
 from runtime.generation.conversation import Conversation
 from runtime.generation.generation_request import GenerationRequest, Step
+from runtime.generation.staged.group_results import GroupResults
 from runtime.generation.staged.part import Part
 from runtime.generation.staged.relayed import Relayed
 from runtime.generation.staged.ring import Ring
-from runtime.generation.staged.said import Said
 from runtime.generation.steps import Steps
 from runtime.pipeline.chunks import chunk_ends
 from runtime.pipeline.links import Links
 from runtime.pipeline.message import message_bytes
-from runtime.pipeline.perform import perform
+from runtime.pipeline.run_schedule import run_schedule
 from runtime.pipeline.schedule import chain, groups_of
 from runtime.program.rank_program import RankProgram
 
@@ -45,7 +45,7 @@ class StagedLoop:
         profiler: Profiler,
         *,
         alike: bool,
-        relays: bool = False,
+        relays: bool,
     ) -> None:
         """alike: as in `Conversation`, for all stages. relays: whether the device may choose and hand on by itself."""
         assert prefill.stage is not None
@@ -67,17 +67,17 @@ class StagedLoop:
         rows = groups_of(len(request.prompts), self._part.stage.count, groups=request.settings.pipeline_groups)
         groups = [Conversation(request, vocab_size=self._program.vocab_size, rows=group) for group in rows]
         logits = self._prefill(groups, rows, size)
-        said = Said(groups)
+        results = GroupResults(groups)
         if self._part.shares_head:
-            length = self._choose_first(groups, logits, chooser, said)
+            length = self._choose_first(groups, logits, chooser, results)
         else:
-            length = self._tell_first(groups, logits, chooser, said, scored=request.settings.logprobs)
-        yield said.next()
+            length = self._tell_first(groups, logits, chooser, results, scored=request.settings.logprobs)
+        yield results.next()
         scored, most = request.settings.logprobs, request.settings.max_new_tokens - 1
         if not self._relays:
-            yield from Ring(self._part, groups, rows, chooser, said, length, scored=scored).steps()
-        elif not said.is_over:
-            self._relayed = Relayed(self._part, groups, rows, chooser, said, most=most)
+            yield from Ring(self._part, groups, rows, chooser, results, length, scored=scored).steps()
+        elif not results.is_over:
+            self._relayed = Relayed(self._part, groups, rows, chooser, results, most=most)
             yield from self._relayed.steps()
 
     def _prefill(self, groups: list[Conversation], rows: list[slice], size: int) -> dict[int, Tensor]:
@@ -116,7 +116,7 @@ class StagedLoop:
         heads = [n for n, (_, piece) in enumerate(pieces) if any(piece.completes)] if self._part.shares_head else []
         early = self._part.device.type != "cuda"
         timeline = chain(self._part.stage.count, len(pieces), heads=heads, early=early)[self._part.stage.index]
-        perform(timeline, self._links, sizes, run, head)
+        run_schedule(timeline, self._links, sizes, run, head)
         return found
 
     def _require_alike(self, sizes: list[dict[str, int]]) -> None:
@@ -151,11 +151,11 @@ class StagedLoop:
         )
 
     def _choose_first(
-        self, groups: list[Conversation], logits: dict[int, Tensor], chooser: TokenChooser, said: Said
+        self, groups: list[Conversation], logits: dict[int, Tensor], chooser: TokenChooser, results: GroupResults
     ) -> int:
         """Chooses the first tokens, on all stages at once, and agrees on the length of messages."""
         for number, found in sorted(logits.items()):
-            said.learn(number, *chooser.choose(found, groups[number]))
+            results.learn(number, *chooser.choose(found, groups[number]))
         most = max(len(group.texts) for group in groups)
         mine = torch.tensor([message_bytes(self._part.stage.sends, most)], device=self._part.device)
         self._part.communicator.begin_run(new_shapes=True)
@@ -166,7 +166,7 @@ class StagedLoop:
         groups: list[Conversation],
         logits: dict[int, Tensor],
         chooser: TokenChooser,
-        said: Said,
+        results: GroupResults,
         *,
         scored: bool,
     ) -> int:
@@ -186,5 +186,5 @@ class StagedLoop:
         for number, group in enumerate(groups):
             tokens = [int(token) for token in told[number, : len(group.texts), 0].tolist()]
             logprobs = told[number, : len(group.texts), 1].tolist()
-            said.learn(number, tokens, logprobs if scored else None)
+            results.learn(number, tokens, logprobs if scored else None)
         return int(everyone[:, -1].max().item())

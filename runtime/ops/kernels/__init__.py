@@ -1,1 +1,1 @@
-"""Kernels of GPUs, such as torch's flash attention and one of ours in Triton, and of CPUs."""
+"""Kernels for GPUs (Triton, torch) and for CPUs."""

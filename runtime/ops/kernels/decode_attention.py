@@ -24,7 +24,7 @@ from torch import Tensor
 
 from runtime.ops.kernels.decode.few_rows import can_launch_early
 from runtime.ops.kernels.decode.latent_decode import latent_decode
-from runtime.ops.kernels.triton_needs import can_run
+from runtime.ops.kernels.triton_needs import can_run, next_power_of_2
 
 __all__ = [
     "Attending",
@@ -112,7 +112,7 @@ def _shared(device: torch.device) -> int:
 def _splits(pairs: int, slots: int, tile: int, device: torch.device, *, each: int) -> int:
     """So many parts that processors have `each` about, however long rows are; of short rows, one for each tile."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return max(1, min(each * processors // pairs, _MOST_SPLITS, _power_of_2(-(-slots // tile))))
+    return max(1, min(each * processors // pairs, _MOST_SPLITS, next_power_of_2(-(-slots // tile))))
 
 
 def decode_attention(
@@ -157,7 +157,7 @@ def decode_attention(
     group, value_width = heads // kv_heads, values.shape[-1]
     num_key_scales, key_strides = _scales(key_scales, row_dim, head_dim)
     num_value_scales, value_strides = _scales(value_scales, row_dim, head_dim)
-    padded, value_padded, group_padded = (max(16, _power_of_2(size)) for size in (width, value_width, group))
+    padded, value_padded, group_padded = (max(16, next_power_of_2(size)) for size in (width, value_width, group))
     tile, stages = _tile_and_stages(
         padded, value_padded, group_padded, q.dtype, (num_key_scales, num_value_scales), q.device
     )
@@ -175,7 +175,7 @@ def decode_attention(
     capped = softcap is not None
     cos, sin, half = (q, q, 0) if rotation is None else rotation
     early = can_launch_early(q.device)
-    merged = max(1, min(_MOST_MERGED, _MERGED // (_power_of_2(group) * value_padded)))
+    merged = max(1, min(_MOST_MERGED, _MERGED // (next_power_of_2(group) * value_padded)))
     # few numbers: the kernel is compiled for each, in seconds where they are large
     merged = next((few for few in _FEW_MERGED if splits <= few <= merged), merged)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -194,7 +194,7 @@ def decode_attention(
         HALF=half % width, EARLY=early,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PADDED=group_padded,
         D=width, D_PADDED=padded, DV=value_width, DV_PADDED=value_padded,
-        TILE=tile, GROUP_MERGED=_power_of_2(group), MERGED=merged,
+        TILE=tile, GROUP_MERGED=next_power_of_2(group), MERGED=merged,
         WINDOWED=window is not None, CHUNKED=chunk is not None, CAPPED=capped,
         SINKS=sinks is not None, LSE=return_lse or is_own is not None, EXACT=q.dtype == torch.float32, BLOCK=block,
         KEY_SCALES=num_key_scales, VALUE_SCALES=num_value_scales, FOLDED=q.dtype != torch.float16,
@@ -208,10 +208,6 @@ def decode_attention(
 def _scales(scales: Tensor | None, row_dim: int, head_dim: int) -> tuple[int, tuple[int, int]]:
     """How many there are of a row's numbers, and how far apart rows and heads lie."""
     return (0, (0, 0)) if scales is None else (scales.shape[-1], (scales.stride(row_dim), scales.stride(head_dim)))
-
-
-def _power_of_2(count: int) -> int:
-    return 1 << max(0, count - 1).bit_length()
 
 
 # -- over the buffers of a cache ---------------------------------------------------------------------------------------

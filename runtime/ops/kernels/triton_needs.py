@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["can_run", "is_replayed", "launch", "missing_for_triton", "replayed"]
+__all__ = ["can_run", "is_replayed", "launch", "missing_for_triton", "next_power_of_2", "replayed"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _is_replayed = ContextVar("is_replayed", default=False)
@@ -102,6 +102,11 @@ def launch(
     names = None if made is None else getattr(kernel, "arg_names", None)  # the interpreter compiles nothing
     if names is not None:
         _ready[key] = made, tuple(constants[name] for name in names[len(arguments) :])
+
+
+def next_power_of_2(count: int) -> int:
+    """As `triton.next_power_of_2`, also where there is no triton; 1 of none."""
+    return 1 << max(0, count - 1).bit_length()
 
 
 def can_run(rows: Tensor, dtype: torch.dtype) -> bool:

@@ -1,1 +1,1 @@
-"""The likeliest token of each row, by kernels: what captured steps choose."""
+"""Greedy choice by kernels: the most likely token of each row, inside captured steps."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from runtime.ops.kernels.decode.few_rows import KERNEL_DTYPES, can_launch_early
-from runtime.ops.kernels.triton_needs import missing_for_triton
+from runtime.ops.kernels.triton_needs import missing_for_triton, next_power_of_2
 
 __all__ = ["advance", "best", "largest", "takes"]
 
@@ -41,8 +41,8 @@ def largest(own: Tensor, tokens: Tensor) -> Tensor:
     from runtime.sampling.likeliest import likeliest_kernel  # Triton comes with torch for GPUs only
 
     rows, columns = own.shape
-    piece = max(_LEAST_PIECE, _power_of_2(-(-columns // _MOST_PIECES)))
-    pieces = _power_of_2(-(-columns // piece))
+    piece = max(_LEAST_PIECE, next_power_of_2(-(-columns // _MOST_PIECES)))
+    pieces = next_power_of_2(-(-columns // piece))
     found = torch.empty(rows, pieces, dtype=torch.int64, device=own.device)
     message = torch.empty(1, rows, 2, dtype=torch.float64, device=own.device)
     likeliest_kernel.largest[(rows, pieces)](
@@ -59,7 +59,7 @@ def best(messages: Tensor) -> Tensor:
     ranks, rows, _ = messages.shape
     told = torch.empty(4, rows, dtype=torch.float64, device=messages.device)
     likeliest_kernel.best[(1,)](
-        messages, told, rows, RANKS=ranks, RANKS_PADDED=_power_of_2(ranks), ROWS_PADDED=_padded(rows), num_warps=1,
+        messages, told, rows, RANKS=ranks, RANKS_PADDED=next_power_of_2(ranks), ROWS_PADDED=_padded(rows), num_warps=1,
         **_early(messages.device),
     )  # fmt: skip
     return told
@@ -86,7 +86,3 @@ def _early(device: torch.device) -> dict[str, Any]:
 def _padded(rows: int) -> int:
     """Few sizes, each of which is compiled."""
     return next(size for size in (1, _FEW_ROWS, _MOST_ROWS) if rows <= size)
-
-
-def _power_of_2(count: int) -> int:
-    return 1 << max(0, count - 1).bit_length()

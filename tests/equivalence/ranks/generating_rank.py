@@ -9,7 +9,8 @@ import os
 import sys
 import warnings
 
-from partitioner.compile.partition import compile_program, trace, trace_step
+from partitioner.compile.partition import compile_program
+from partitioner.compile.tracing.trace import trace, trace_step
 from partitioner.program.plan import Plan
 from partitioner.proof.float64 import in_float64
 from runtime.engine import Engine

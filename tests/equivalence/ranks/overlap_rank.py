@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from partitioner.compile.compare import difference
-from partitioner.compile.partition import compile_program, trace
+from partitioner.compile.partition import compile_program
+from partitioner.compile.tracing.trace import trace
 from partitioner.program.plan import Plan
 from partitioner.proof.float64 import in_float64
 from runtime.engine import Engine

@@ -10,7 +10,8 @@ import warnings
 
 import torch
 
-from partitioner.compile.partition import compile_program, trace, trace_step
+from partitioner.compile.partition import compile_program
+from partitioner.compile.tracing.trace import trace, trace_step
 from partitioner.program.plan import Plan
 from partitioner.proof.float64 import in_float64
 from runtime.engine import Engine

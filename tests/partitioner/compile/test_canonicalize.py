@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from partitioner.compile.partition import trace
+from partitioner.compile.tracing.trace import trace
 from partitioner.program.node_arguments import operation
 from partitioner.program.program import Program
 from tests.support import zoo

@@ -10,10 +10,10 @@ from torch import Tensor, fx
 
 import partitioner
 from partitioner.compile.emit import Emitter
-from partitioner.compile.partition import trace
 from partitioner.compile.parts import Parts
 from partitioner.compile.pass_manager.choose_passes import choose
 from partitioner.compile.pass_manager.run_passes import run_passes
+from partitioner.compile.tracing.trace import trace
 from partitioner.errors import LayoutError
 from partitioner.program.model_record import ModelRecord
 from partitioner.program.node_arguments import node_values

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from partitioner.compile.input_bounds import bound_inputs
+from partitioner.compile.tracing.input_bounds import bound_inputs
 from partitioner.errors import InputError
 from partitioner.program.program import Input, Program, Value, Weight
 from partitioner.sharding.mesh import Mesh

@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from partitioner import Plan, PlanError, partition
-from partitioner.compile.partition import trace, trace_step
 from partitioner.compile.tracing.probe_decode import compare_steps
+from partitioner.compile.tracing.trace import trace, trace_step
 from partitioner.program.program import Program
 from passes.kv_cache import KvCache
 from runtime.ops.state import state_write

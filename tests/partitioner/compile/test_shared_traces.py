@@ -11,7 +11,8 @@ from transformers import GenerationConfig
 
 from partitioner import Plan, partition
 from partitioner.capture.capture import ends_of, generation_of
-from partitioner.compile.partition import compile_program, trace
+from partitioner.compile.partition import compile_program
+from partitioner.compile.tracing.trace import trace
 from tests.support import partitioned, reference, zoo
 from tests.support.layers import Gated, layered
 from tests.support.traces import shared_traces, stored_traces

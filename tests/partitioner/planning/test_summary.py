@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.planning.models import deepened
 from partitioner import Plan
-from partitioner.compile.partition import trace
+from partitioner.compile.tracing.trace import trace
 from partitioner.errors import PlanError
 from partitioner.planning.cluster import Cluster
 from partitioner.planning.pricing.price import Pricer

@@ -5,7 +5,7 @@ import torch
 from torch import fx
 
 from partitioner.capture import capture_piece
-from partitioner.compile.canonicalize import canonicalize
+from partitioner.compile.tracing.canonicalize import canonicalize
 from partitioner.program.program import Program
 from partitioner.proof import recurrences
 from partitioner.proof.recurrences import why_pieces_differ

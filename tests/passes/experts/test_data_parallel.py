@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from partitioner import Parts, Plan
-from partitioner.compile.partition import compile_program, trace
+from partitioner.compile.partition import compile_program
+from partitioner.compile.tracing.trace import trace
 from partitioner.errors import LayoutError
 from partitioner.program.program import Program, State
 from partitioner.proof.float64 import in_float64
@@ -166,19 +167,17 @@ def test_one_batch_stays_one(plan: str) -> None:
 
 
 def test_what_needs_all_sequences_keeps_them_in_both_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    require = data_parallel._Own._require_own
+    works = data_parallel.works_row_by_row
 
-    def fussy(self: Any, node: Any, found: Any) -> None:
-        if any(n.target is expert_send for n in self.program.graph.nodes):
-            raise self._refused(node, "sums over sequences")
-        require(self, node, found)
+    def fussy(node: Any, *given: Any) -> bool:
+        return not any(n.target is expert_send for n in node.graph.nodes) and works(node, *given)
 
-    monkeypatch.setattr(data_parallel._Own, "_require_own", fussy)
+    monkeypatch.setattr(data_parallel, "works_row_by_row", fussy)
     parts = compile_program(traced(), Plan.parse("ep=2" + SENT))
     for entry in ("prefill", "decode"):
         found: Program = parts.program_of(entry)  # type: ignore[arg-type]
         assert found.batch_axes == ()
-        assert any("cannot have sequences of their own" in note and "sums over" in note for note in found.notes)
+        assert any("cannot have sequences of their own" in note and "no row for each" in note for note in found.notes)
 
 
 # -- negative controls -------------------------------------------------------------------------------------------------

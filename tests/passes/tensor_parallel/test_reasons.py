@@ -11,7 +11,8 @@ from torch.nn import functional
 from partitioner import Plan, PlanError
 from partitioner.analysis.report.explain import explain
 from partitioner.analysis.report.report import split_text
-from partitioner.compile.partition import compile_program, trace
+from partitioner.compile.partition import compile_program
+from partitioner.compile.tracing.trace import trace
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import Layout, Split
 from runtime.kv_cache.device_memory import readable

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from partitioner import Parts, Plan
-from partitioner.compile.partition import compile_program, trace
+from partitioner.compile.partition import compile_program
+from partitioner.compile.tracing.trace import trace
 from partitioner.errors import CommunicationError, InputError
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import ThreadGroup
@@ -96,7 +97,7 @@ def slowed(program: RankProgram, seconds: float) -> RankProgram:
 
 
 def test_a_slow_rank_is_the_others_waiting() -> None:
-    slow = 0.2
+    slow = 0.5
     simulator = Simulator([parts(2).rank(0), slowed(parts(2).rank(1), slow)])
     for _ in range(2):
         with simulator.profile() as found:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from partitioner import Plan
-from partitioner.compile.partition import compile_steps
+from partitioner.compile.generation import compile_steps
 from partitioner.errors import RankMismatch, SamplingError
 from runtime.generation.decode_graphs.stage_decoder import StageDecoder
 from runtime.kv_cache.cache_size import CacheSize

@@ -1,4 +1,4 @@
-"""What passes between a process and the ranks that it has started: lines, requests, and what comes of jobs."""
+"""What passes between a process and the ranks that it has started: connections, requests, and what comes of jobs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from partitioner.errors import RankLost
 from runtime.generation.generation_request import Generated, GenerationRequest
+from runtime.launching.connection import Connection, pair
 from runtime.launching.jobs import Call, Job
-from runtime.launching.line import Line, pair
 from runtime.launching.request_data import read_request, request_data
 
 JSON = st.recursive(st.one_of(st.integers(), st.text(), st.none()), lambda inner: st.lists(inner, max_size=3))
@@ -23,7 +23,7 @@ JSON = st.recursive(st.one_of(st.integers(), st.text(), st.none()), lambda inner
 @given(st.lists(st.dictionaries(st.text(max_size=5), JSON, max_size=3), max_size=5))
 def test_messages_come_whole_and_in_order(messages: list[dict[str, Any]]) -> None:
     ours, theirs = pair()
-    sender, receiver = Line(ours), Line(theirs)
+    sender, receiver = Connection(ours), Connection(theirs)
     for message in messages:
         sender.send(message)
     assert [receiver.receive() for _ in messages] == messages
@@ -36,7 +36,7 @@ def test_messages_come_whole_and_in_order(messages: list[dict[str, Any]]) -> Non
 
 def test_a_message_in_pieces_is_one() -> None:
     ours, theirs = pair()
-    receiver = Line(theirs)
+    receiver = Connection(theirs)
     content = json.dumps({"text": "x" * 100}).encode()
     packed = len(content).to_bytes(8, "big") + content
     for at in (packed[:3], packed[3:50]):
@@ -50,10 +50,10 @@ def test_a_message_in_pieces_is_one() -> None:
 
 def test_who_does_not_read_is_not_waited_for() -> None:
     ours, theirs = pair()
-    line = Line(ours, timeout_s=0.1)
+    connection = Connection(ours, timeout_s=0.1)
     with pytest.raises(OSError):
-        line.send({"text": "x" * (1 << 24)})
-    line.close()
+        connection.send({"text": "x" * (1 << 24)})
+    connection.close()
     theirs.close()
 
 

@@ -11,7 +11,7 @@ import torch
 from partitioner import Plan, partition
 from runtime.engine import Engine
 from runtime.pipeline.measured import measured
-from runtime.pipeline.perform import Staged
+from runtime.pipeline.run_schedule import StagedExecutable
 from runtime.pipeline.schedule import bubble, chain
 from runtime.pipeline.timing import time_of
 from runtime.processes.launch import begin_worker
@@ -33,7 +33,7 @@ if __name__ == "__main__":
     ids = torch.arange(4 * PIECES).view(PIECES, 4) % 60
     for times in (1.0, 1.0), (1.0, 2.0), (2.0, 1.0):
         with Engine.connect(parts, timeout_s=60) as engine:
-            assert isinstance(engine._run, Staged)
+            assert isinstance(engine._run, StagedExecutable)
             runs = engine._run.executable
             engine(input_ids=ids)
             runs.function = functools.partial(after, SECONDS * times[int(os.environ["RANK"])], runs.function)  # type: ignore[assignment]

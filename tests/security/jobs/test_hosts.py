@@ -20,7 +20,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from partitioner.compile.parts import Parts
-from runtime.processes.links import connect, key_of
+from runtime.processes.authenticated_links import connect, key_of
 from tests.security.jobs.doors import Listening, Network, go_to, in_child, knock, listening, why_no_namespaces
 from tests.security.jobs.local_job import GARBAGE
 from tests.support import handmade

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch.distributed import HashStore, Store
 
 from partitioner.errors import CommunicationError, RankLost
+from runtime.processes import authenticated_links as links
 from runtime.processes import heartbeat as module
-from runtime.processes import links
 from runtime.processes.heartbeat import Heartbeat
 from tests.security.jobs.garbage import LINES
 

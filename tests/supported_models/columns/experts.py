@@ -19,7 +19,8 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from partitioner.compile.compare import difference
-from partitioner.compile.partition import compile_program, trace_step
+from partitioner.compile.partition import compile_program
+from partitioner.compile.tracing.trace import trace_step
 from partitioner.errors import CaptureError, InputError, PlanError
 from partitioner.program.plan import Plan
 from partitioner.program.program import Program

@@ -15,7 +15,7 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from partitioner.capture.layers.share_layers import every_layer
-from partitioner.compile.partition import trace, trace_step
+from partitioner.compile.tracing.trace import trace, trace_step
 from partitioner.errors import CaptureError
 from partitioner.proof.float64 import in_float64
 from tests.support import interpret, zoo

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from partitioner.compile.compare import difference
-from partitioner.compile.partition import compile_program, trace_step
+from partitioner.compile.partition import compile_program
+from partitioner.compile.tracing.trace import trace_step
 from partitioner.errors import InputError, PlanError
 from partitioner.program.plan import Plan
 from partitioner.program.program import Program

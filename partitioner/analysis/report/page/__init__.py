@@ -1,1 +1,1 @@
-"""One page about a partitioned model, to be looked at in a browser: self-contained, and as JSON."""
+"""The report as one self-contained HTML page, and as JSON."""

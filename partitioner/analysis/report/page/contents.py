@@ -62,11 +62,11 @@ def page_contents(
     generation: GenerationReport | None,
     work: Work,
     *,
-    cache: Sequence[int] = (),
-    placement: Placement | None = None,
-    predicted: Mapping[str, Any] | None = None,
-    replicas: int = 1,
-    notes: tuple[str, ...] = (),
+    cache: Sequence[int],
+    placement: Placement | None,
+    predicted: Mapping[str, Any] | None,
+    replicas: int,
+    notes: tuple[str, ...],
 ) -> dict[str, Any]:
     """programs: by entry, "text" or "prefill" and "decode". cache: bytes on each rank of a replica, of all its rows.
 

@@ -26,7 +26,7 @@ from partitioner.analysis.rules import notation
 from partitioner.analysis.rules.data_movement import is_move
 from partitioner.program.node_arguments import layer_of, node_values, operation
 from partitioner.program.program import Program
-from partitioner.sharding.layout import REPLICATED, Layout
+from partitioner.sharding.layout import Layout
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.communicating import COMMUNICATING, axes_text, read_call
 from runtime.ops.expert_exchange import expert_return, expert_send
@@ -112,7 +112,7 @@ def _product(program: Program, node: fx.Node, name: str, layer: str) -> dict[str
             "parts": list(split.sizes),
             "shared": sum(split.sizes) > weight.shape[dim],
         }
-        for dim, split in program.weight_layouts.get(name, REPLICATED(len(weight.shape))).splits
+        for dim, split in program.layout_of(name).splits
     ]
     return {
         "kind": "product",

@@ -50,7 +50,7 @@ def program_data(
     graph: str,
     integers: Sequence[int],
     weights: Sequence[int],
-    head: tuple[str, Sequence[int]] | None = None,
+    head: tuple[str, Sequence[int]] | None,
 ) -> Data:
     """`graph`: the digest of its text; `weights`: places in the rank's list of weights, in the program's order.
 

@@ -1,1 +1,1 @@
-"""Rows that ranks write into each other's memory: straight to where they belong, and sums by rows."""
+"""Collectives of rows over peer memory: rows pushed to where they belong, and sums with a residual and a norm."""

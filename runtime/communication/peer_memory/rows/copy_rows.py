@@ -81,10 +81,10 @@ class PeerCopies:
                 self._rows.of(own, start, size, dtype).copy_(sources[own])
 
         self._meet()
-        end = self._peers.under_way.begin(copy)
+        end = self._peers.side_stream.begin(copy)
 
         def finish() -> Tensor:
-            self._peers.under_way.finish(end)
+            self._peers.side_stream.finish(end)
             self._meet()
             if summed is not None and self.num_ranks == 2:
                 torch.add(summed[0], summed[1][1 - own], out=into.view(-1))
@@ -97,5 +97,5 @@ class PeerCopies:
 
     def _meet(self) -> None:
         """On the stream: what every rank has done before its own is done."""
-        self._peers.under_way.wait()  # sums by rows meet by the same flags, on that stream
+        self._peers.side_stream.wait()  # sums by rows meet by the same flags, on that stream
         self._peers.row_sums.meet()

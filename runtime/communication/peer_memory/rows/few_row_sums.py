@@ -14,7 +14,7 @@ from torch import Tensor
 
 from runtime.communication.group_collectives import Group
 from runtime.communication.peer_memory.mapped_memory import SMALL_BLOCKS, UNITS
-from runtime.communication.peer_memory.under_way import UnderWay
+from runtime.communication.peer_memory.side_stream import SideStream
 from runtime.ops.kernels.triton_needs import launch
 
 __all__ = ["FewRowSums", "as_words"]
@@ -30,7 +30,7 @@ class FewRowSums:
     """One rank's end. waiting: as `RowSums` has it; is_small: whether the kernel for small pieces sums such tensors."""
 
     def __init__(
-        self, group: Group, table: Tensor, counters: Tensor, waiting: tuple[Any, ...], under_way: UnderWay,
+        self, group: Group, table: Tensor, counters: Tensor, waiting: tuple[Any, ...], side_stream: SideStream,
         is_small: Callable[[Tensor], bool], *, early: bool,
     ) -> None:  # fmt: skip
         # Triton comes with torch for GPUs only
@@ -38,7 +38,7 @@ class FewRowSums:
 
         self._kernel, self._group = sum_norm_of_few, group
         self._table, self._counters, self._waiting = table, counters, waiting
-        self._under_way, self._is_small, self._early = under_way, is_small, early
+        self._side_stream, self._is_small, self._early = side_stream, is_small, early
 
     def takes(self, x: Tensor, residual: Tensor, weight: Tensor | None) -> bool:
         """By what all ranks know: shapes and dtypes of x, residual [.., N] and of the norm's weight [N]."""
@@ -50,7 +50,7 @@ class FewRowSums:
 
     def __call__(self, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
         """The sum of x plus the residual, and that normed and weighed, on every rank."""
-        self._under_way.wait()
+        self._side_stream.wait()
         total, normed = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
         units = x.shape[-1] * x.element_size() // 8
         x = as_words(x)

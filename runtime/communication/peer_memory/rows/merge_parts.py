@@ -13,7 +13,7 @@ from torch import Tensor
 
 from runtime.communication.group_collectives import Group
 from runtime.communication.peer_memory.mapped_memory import SMALL_BLOCKS, UNITS
-from runtime.communication.peer_memory.under_way import UnderWay
+from runtime.communication.peer_memory.side_stream import SideStream
 from runtime.ops.kernels.triton_needs import launch
 
 __all__ = ["PartMerge"]
@@ -30,7 +30,7 @@ class PartMerge:
         table: Tensor,
         counters: Tensor,
         waiting: tuple[Any, ...],
-        under_way: UnderWay,
+        side_stream: SideStream,
         *,
         early: bool,
     ) -> None:
@@ -38,7 +38,7 @@ class PartMerge:
 
         self._kernel = merge_parts_kernel.merge
         self._group, self._table, self._counters = group, table, counters
-        self._waiting, self._under_way, self._early = waiting, under_way, early
+        self._waiting, self._side_stream, self._early = waiting, side_stream, early
 
     def takes(self, parts: Tensor) -> bool:
         """By what all ranks know: the shape."""
@@ -49,7 +49,7 @@ class PartMerge:
         """[B, H, 1, Dv] of `dtype`. sinks [H]: a score of nothing that each head sees besides."""
         heads, width = parts.shape[1], parts.shape[-1] - 1
         out = torch.empty(*parts.shape[:-1], width, dtype=dtype, device=parts.device)
-        self._under_way.wait()
+        self._side_stream.wait()
         parts = parts.contiguous()
         launch(
             self._kernel,

@@ -28,7 +28,7 @@ from torch import Tensor
 from runtime.communication.channels import OwnRows
 from runtime.communication.group_collectives import Group
 from runtime.communication.peer_memory.mapped_memory import ROW_BYTES, Geometry
-from runtime.communication.peer_memory.under_way import UnderWay
+from runtime.communication.peer_memory.side_stream import SideStream
 from runtime.ops.kernels.triton_needs import launch
 
 __all__ = ["RowSums"]
@@ -58,14 +58,20 @@ class RowSums:
     """One rank's end. `waiting`: what kernels are given that wait for others: see `signals.py`."""
 
     def __init__(
-        self, group: Group, memory: Tensor, handle: Any, table: Tensor, waiting: tuple[Any, ...], under_way: UnderWay
+        self,
+        group: Group,
+        memory: Tensor,
+        handle: Any,
+        table: Tensor,
+        waiting: tuple[Any, ...],
+        side_stream: SideStream,
     ) -> None:
         # Triton comes with torch for GPUs only
         from runtime.communication.peer_memory.rows import sum_rows_kernel
 
         self._meet_kernel, self._sum_norm_kernel = sum_rows_kernel.meet, sum_rows_kernel.sum_norm
         self._group, self._geometry = group, Geometry(group.size)
-        self._table, self._waiting, self._under_way = table, waiting, under_way
+        self._table, self._waiting, self._side_stream = table, waiting, side_stream
         self._counter = torch.zeros(1, dtype=torch.int32, device=memory.device)
         start = self._geometry.start_of_rows
         offset = memory.data_ptr() - handle.buffer_ptrs[group.coordinate] + start
@@ -106,11 +112,11 @@ class RowSums:
         weight = None if weight is None else weight.contiguous()
         total = torch.empty(share.stop - share.start, width, dtype=x.dtype, device=x.device)
         normed = torch.empty_like(x)
-        end = self._under_way.begin(lambda: self._run(x, residual, weight, eps, total, normed))
+        end = self._side_stream.begin(lambda: self._run(x, residual, weight, eps, total, normed))
         kept: list[Any] = [x, residual, weight]  # until nobody reads it any more
 
         def finish() -> tuple[OwnRows, Tensor]:
-            self._under_way.finish(end)
+            self._side_stream.finish(end)
             kept.clear()
             return OwnRows(total, shape), normed.view(shape)
 

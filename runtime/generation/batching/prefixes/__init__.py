@@ -1,1 +1,1 @@
-"""What of other sequences a sequence may take over: equal prefixes, in blocks and in rows."""
+"""Prefix caching: tokens that a sequence takes over from others, in blocks and in rows."""

@@ -14,7 +14,6 @@ Hosts choose, and all wait for them; or devices do, of a step that can (`chosen_
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +22,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from partitioner.errors import SamplingError
 from runtime.communication.channels import Handle
 from runtime.communication.communicator import Communicator
 from runtime.execution.profile import Profiler
-from runtime.generation.batching.choose_rows import Choice, numbers_of
+from runtime.generation.batching.choose_rows import Choice, choice_of, numbers_of
 from runtime.generation.batching.places import Run
 from runtime.generation.batching.work import Work
 from runtime.pipeline.links import Links, shape_of
@@ -213,8 +211,8 @@ class StagedSteps:
         own = torch.tensor([numbers_of(choices.get(number), most) for number in numbers], dtype=torch.float64)
         everyone = self._of_all(own.to(self._device)).cpu()
         return dict(choices) or {
-            number: _choice(int(token), logprob, None if self._named(number) is None else top)
-            for number, (token, logprob, *top) in zip(numbers, everyone[-1].tolist(), strict=True)
+            number: choice_of(row, whose="the last stage's")
+            for number, row in zip(numbers, everyone[-1].tolist(), strict=True)
         }
 
     def tell_one(self, numbers: Sequence[Sequence[int]], choices: Mapping[int, Choice]) -> list[dict[int, Choice]]:
@@ -225,14 +223,3 @@ class StagedSteps:
         """[stages, ..]"""
         self._begin("tokens", own.shape)
         return self._all.all_gather(own[None], dim=0)
-
-
-def _choice(token: int, logprob: float, top: list[float] | None) -> Choice:
-    """top: ids and log-probabilities by turns, with others' places after them that hold no numbers."""
-    if token < 0:
-        return Choice(token, error=SamplingError("no token can be chosen: the last stage's logits or rules leave none"))
-    found = None
-    if top is not None:
-        pairs = zip(top[::2], top[1::2], strict=True)
-        found = tuple((int(other), value) for other, value in pairs if not math.isnan(other))
-    return Choice(token, None if math.isnan(logprob) else logprob, found)

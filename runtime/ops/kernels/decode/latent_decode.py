@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.ops.kernels.triton_needs import can_run
+from runtime.ops.kernels.triton_needs import can_run, next_power_of_2
 
 __all__ = ["can_decode_latent", "latent_decode"]
 
@@ -63,9 +63,9 @@ def latent_decode(
         row_dim, block = 1, rows.shape[2]
         slots = table.shape[1] * block
     tile = _TILES[q.dtype]
-    padded = _power_of_2(latent)
+    padded = next_power_of_2(latent)
     wide = padded > 512 or q.dtype == torch.float32
-    head_block = min(16 if wide else _MOST_HEADS, max(16, _power_of_2(heads)))
+    head_block = min(16 if wide else _MOST_HEADS, max(16, next_power_of_2(heads)))
     head_blocks = -(-heads // head_block)
     splits = _splits(batch * head_blocks, slots // tile, device, each=_PER_PROCESSOR[head_block])
     out = q.new_empty(batch, heads, 1, latent)
@@ -86,7 +86,7 @@ def latent_decode(
         out if sinks is None else sinks, out, lse, parts, tops, sums, positions if table is None else table,
         scale if capped else scale * _LOG2_E, softcap or 1.0, *seen,
         0 if table is None else table.stride(0), rows.stride(row_dim), 0 if scales is None else scales.stride(row_dim),
-        **given, HEAD_BLOCK=head_block, R_PADDED=max(16, padded), E=carried, E_PADDED=max(16, _power_of_2(carried)),
+        **given, HEAD_BLOCK=head_block, R_PADDED=max(16, padded), E=carried, E_PADDED=max(16, next_power_of_2(carried)),
         CAPPED=capped, EXACT=q.dtype == torch.float32, BLOCK=block, SCALES=0 if scales is None else scales.shape[-1],
         PTX=q.is_cuda, num_warps=_WARPS[head_block], num_stages=2 if wide else _STAGES[head_block],
     )  # fmt: skip
@@ -94,7 +94,7 @@ def latent_decode(
         width = min(_MERGED_WIDTH, max(16, padded))
         latent_kernel.merge[(batch * heads, -(-latent // width))](
             positions, out if sinks is None else sinks, out, lse, parts, tops, sums, *seen,
-            **given, SPLITS_PADDED=_power_of_2(splits), MERGED=_MERGED, WIDTH=width,
+            **given, SPLITS_PADDED=next_power_of_2(splits), MERGED=_MERGED, WIDTH=width,
         )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -103,7 +103,3 @@ def _splits(programs: int, tiles: int, device: torch.device, *, each: int) -> in
     """So many parts that processors have `each` about, however long rows are."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     return max(1, min(each * processors // programs, _MOST_SPLITS, tiles // _LEAST_TILES))
-
-
-def _power_of_2(count: int) -> int:
-    return 1 << max(0, count - 1).bit_length()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from runtime.ops.kernels.triton_needs import next_power_of_2
+
 __all__ = ["merged_rows"]
 
 
@@ -18,11 +20,7 @@ def merged_rows(parts: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(*parts.shape[1:-1], width, dtype=dtype, device=parts.device)
     if num_rows:
         merged[(num_rows,)](
-            parts.contiguous(), out, num_rows, PARTS=parts.shape[0], DV=width, DV_PADDED=_power_of_2(width),
+            parts.contiguous(), out, num_rows, PARTS=parts.shape[0], DV=width, DV_PADDED=next_power_of_2(width),
             num_warps=1,
         )  # fmt: skip
     return out
-
-
-def _power_of_2(count: int) -> int:
-    return 1 << max(0, count - 1).bit_length()

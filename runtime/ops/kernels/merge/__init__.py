@@ -1,1 +1,1 @@
-"""Attention of parts, put together."""
+"""Merging partial attention results by their log-sum-exp."""

@@ -1,1 +1,1 @@
-"""C++ for CPUs, compiled on the user's machine: what compiles it and keeps it, and products of few rows."""
+"""C++ kernels for CPUs, compiled on the user's machine and kept there."""

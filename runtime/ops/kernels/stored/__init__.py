@@ -1,1 +1,1 @@
-"""Products with weights that are held as they were stored."""
+"""Matrix products with quantised weights as they are stored: codes and scales."""

@@ -1,1 +1,1 @@
-"""Products of several rows of x, by tiles of the weight."""
+"""Matrix products of several rows by tensor cores, in captured decode steps."""

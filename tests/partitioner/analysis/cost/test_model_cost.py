@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from partitioner import Plan
 from partitioner.analysis.cost.program_cost import ProgramCost, program_cost
-from partitioner.compile.partition import compile_steps
+from partitioner.compile.generation import compile_steps
 from partitioner.program.program import Program
 from tests.support import partitioned, stepping, zoo
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from partitioner.analysis.labels.assign_owners import Owned, dealt_indices, divide, even_sizes, index_set
+from partitioner.analysis.labels.assign_owners import Owned, dealt_indices, divide, even_sizes
 from partitioner.analysis.labels.index_sets import Lattice
 from partitioner.sharding.index_set import IndexSet
 
@@ -29,7 +29,7 @@ def test_dealt_indices() -> None:
 def test_index_sets_from_flags() -> None:
     for flags in ([0, 1, 1, 0, 1], [1], [0, 0], [1, 1, 1], [1, 0, 1]):
         expected = IndexSet.of(i for i, flag in enumerate(flags) if flag)
-        assert index_set(torch.tensor(flags, dtype=torch.bool)) == expected
+        assert IndexSet.where(torch.tensor(flags, dtype=torch.bool).numpy()) == expected
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(7, 3), (6, 3), (3, 3), (1, 1), (100, 64)])

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from partitioner import Parts, Plan
-from partitioner.compile.partition import compile_steps
+from partitioner.compile.generation import compile_steps
 from tests.support import stepping
 from tests.support.partitioned import compiled_once
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from partitioner.analysis.tokens.token_mixing import why_tokens_mix
-from partitioner.compile.partition import trace
+from partitioner.compile.tracing.trace import trace
 from tests.support import zoo
 
 COUNTING: dict[str, Callable[[Tensor], Tensor]] = {

@@ -7,7 +7,9 @@ import torch
 
 from partitioner import PlanError
 from partitioner.analysis.tokens.step_equivalence import why_steps_differ
-from partitioner.compile.partition import compile_program, compile_steps, trace, trace_step
+from partitioner.compile.generation import compile_steps
+from partitioner.compile.partition import compile_program
+from partitioner.compile.tracing.trace import trace, trace_step
 from partitioner.program.plan import Plan
 from partitioner.proof.float64 import in_float64
 from runtime.kv_cache.cache import Cache

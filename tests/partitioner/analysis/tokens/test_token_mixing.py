@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from partitioner import Plan
 from partitioner.analysis.tokens.token_mixing import _is_same_rows, why_rows_mix, why_tokens_mix
-from partitioner.compile.partition import compile_program, trace
+from partitioner.compile.partition import compile_program
+from partitioner.compile.tracing.trace import trace
 from partitioner.program.program import Program
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import Layout, Split

@@ -11,7 +11,7 @@ from transformers import BambaConfig, BambaForCausalLM
 from partitioner.capture.layers.layer_index import LayerIndex
 from partitioner.capture.layers.share_layers import every_layer
 from partitioner.capture.steps.watched_cache import WatchedLayers
-from partitioner.compile.partition import trace_step
+from partitioner.compile.tracing.trace import trace_step
 from partitioner.program.program import Program
 from tests.partitioner.capture.layers.test_traced_once import SIZES, llama, number_traced
 from tests.supported_models.columns.same_program import difference

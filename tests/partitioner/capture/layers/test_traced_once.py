@@ -27,7 +27,7 @@ from partitioner.capture.inputs.graph_inputs import choose_inputs
 from partitioner.capture.layers.layer_index import LayerIndex
 from partitioner.capture.layers.share_layers import every_layer
 from partitioner.capture.trace.fake_model import make_fake_model
-from partitioner.compile.partition import trace
+from partitioner.compile.tracing.trace import trace
 from partitioner.program.program import LayersTraced, Program
 from tests.support import interpret, zoo
 from tests.supported_models.columns.same_program import difference

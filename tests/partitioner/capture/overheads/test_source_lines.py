@@ -9,7 +9,7 @@ import torch
 from torch.utils import _traceback
 
 from partitioner.capture.trace import export_graph
-from partitioner.compile.partition import trace
+from partitioner.compile.tracing.trace import trace
 from tests.support import zoo
 
 

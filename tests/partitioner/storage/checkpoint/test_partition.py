@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from partitioner import CaptureError, Plan, WeightError, partition
-from partitioner.compile.partition import compile_program, trace
+from partitioner.compile.partition import compile_program
+from partitioner.compile.tracing.trace import trace
 from partitioner.program.program import Program
 from partitioner.proof.float64 import in_float64
 from runtime.engine.simulator import Simulator

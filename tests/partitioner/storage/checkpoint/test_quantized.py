@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
 
 from partitioner import CaptureError, Plan, WeightError, partition
-from partitioner.compile.partition import compile_program, trace
+from partitioner.compile.partition import compile_program
+from partitioner.compile.tracing.trace import trace
 from partitioner.storage.checkpoint.open_checkpoint import open_checkpoint
 from partitioner.storage.checkpoint.quantized_tensors import find_quantized
 from partitioner.storage.named_model import load_model

@@ -25,9 +25,9 @@ class Host:
     def end(self, rank: int) -> PeerCopies:
         group = SimpleNamespace(size=len(self.areas), coordinate=rank)
         rows = SimpleNamespace(of=self._of, require=lambda sizes: max(sizes) <= 1 << 15, second=1 << 15)
-        under_way = SimpleNamespace(begin=lambda run: run(), finish=lambda end: None, wait=lambda: None)
+        side_stream = SimpleNamespace(begin=lambda run: run(), finish=lambda end: None, wait=lambda: None)
         sums = SimpleNamespace(meet=self._meet)
-        peers = SimpleNamespace(group=group, device="cpu", row_sums=sums, under_way=under_way)
+        peers = SimpleNamespace(group=group, device="cpu", row_sums=sums, side_stream=side_stream)
         return PeerCopies(peers, rows)  # type: ignore[arg-type]
 
     def _of(self, coordinate: int, start: int, size: int, dtype: torch.dtype) -> Tensor:

@@ -92,12 +92,12 @@ class Ranks:
             return memories[rank][at : at + sizes[0]]
 
         handle = SimpleNamespace(buffer_ptrs=[memory.data_ptr() for memory in memories], get_buffer=buffer)
-        under_way = SimpleNamespace(begin=lambda run: run(), finish=lambda end: None)
+        side_stream = SimpleNamespace(begin=lambda run: run(), finish=lambda end: None)
         nobody: Any = None
         self.ends = [
             RowSums(
                 Group(nobody, tuple(range(count)), rank, True), memory, handle, torch.zeros(count), (0, 0, 0),
-                under_way,  # type: ignore[arg-type]
+                side_stream,  # type: ignore[arg-type]
             )
             for rank, memory in enumerate(memories)
         ]  # fmt: skip

@@ -11,8 +11,8 @@ from torch import fx
 from partitioner import Plan, partition
 from partitioner.analysis.labels import choose_splits, split_classes
 from partitioner.analysis.labels.index_sets import Lattice
-from partitioner.analysis.labels.label_runs import runs_of
 from partitioner.analysis.labels.label_state import Labels, Site
+from partitioner.analysis.labels.site_indices import runs_of
 from tests.support import zoo
 
 NODE = fx.Graph().placeholder("x")

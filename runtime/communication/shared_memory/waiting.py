@@ -1,6 +1,6 @@
 """Waiting for others from Python: what the C++ does in short stretches, until it is done or cannot be.
 
-    patience.see_through(status, again, late)   `again(ns)` goes on waiting; `late()` says for whom
+    waiter.wait(status, again, late)   `again(ns)` goes on waiting; `late()` says for whom
 
 Between two stretches it looks for ranks whose process has ended, and at the deadline.
 """
@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 
 from runtime.communication.shared_memory.segment import Segment
 
-__all__ = ["BROKEN", "DISAGREE", "DONE", "FULL", "LEFT", "PATIENCE_NS", "WAITING", "Disconnected", "Patience"]
+__all__ = ["BROKEN", "DISAGREE", "DONE", "FULL", "LEFT", "WAITING", "WAIT_NS", "Disconnected", "Waiter"]
 
 DONE, WAITING, LEFT, DISAGREE, BROKEN, FULL = range(6)
 
-PATIENCE_NS = 50_000_000
+WAIT_NS = 50_000_000
 """How long the C++ waits before it asks here; so soon, too, is an ended process noticed."""
 
 
@@ -24,19 +24,19 @@ class Disconnected(RuntimeError):
     """An operation cannot be finished: another rank left, ended, or did not come before the deadline."""
 
 
-class Patience:
+class Waiter:
     """Of one rank of a group, whose ranks each hold their coordinate in `segment`."""
 
     def __init__(self, segment: Segment, ranks: Sequence[int], timeout_s: float) -> None:
         self._segment, self._ranks, self._timeout_s = segment, ranks, timeout_s
 
-    def see_through(self, status: int, again: Callable[[int], int], late: Callable[[], list[int]]) -> int:
+    def wait(self, status: int, again: Callable[[int], int], late: Callable[[], list[int]]) -> int:
         """DONE, DISAGREE or FULL; all else raises Disconnected. late: the coordinates that are awaited."""
         deadline = time.monotonic() + self._timeout_s
         while status == WAITING:
             gone = [c for c in late() if not self._segment.is_held(c)]
             expired = time.monotonic() > deadline
-            status = again(0 if gone or expired else PATIENCE_NS)
+            status = again(0 if gone or expired else WAIT_NS)
             if status == WAITING:
                 still = late()
                 # it may have finished its part of the operation, and then ended

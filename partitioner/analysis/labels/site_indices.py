@@ -1,21 +1,24 @@
-"""Sites whose indices depend on labels that follow each other: they need not be looked at one by one.
+"""What the indices of a site depend on: runs of labels that follow each other, or else atoms, one by one.
 
     a vocabulary             ids {0} {1} {2} ...               one run
     gate and up rows         ids {0, 9} {1, 10} {2, 11} ...    two runs, side by side
+    anything else            ids {0, 3} {1, 3} {2, 4} ...      `Atoms`
 
-Tens of thousands of indices then are a few runs.
+Tens of thousands of indices then are a few runs, and need not be looked at one by one.
 """
 
 from __future__ import annotations
 
 import itertools
 from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
 
 import torch
 
+from partitioner.analysis.labels.assign_owners import Atom
 from partitioner.analysis.labels.label_state import Labels, Site
 
-__all__ = ["runs_of"]
+__all__ = ["Atoms", "runs_of"]
 
 
 def runs_of(site: Site, labels: Labels) -> tuple[range, ...]:
@@ -52,3 +55,31 @@ def _apart(runs: list[range], labels: Labels) -> tuple[range, ...]:
     ordered = sorted(runs, key=lambda run: run.start)
     disjoint = all(one.stop <= other.start for one, other in itertools.pairwise(ordered))
     return tuple(runs) if within and disjoint else ()
+
+
+@dataclass(frozen=True)
+class Atoms:
+    """The distinct atoms of a site by first appearance, and the place of each index among them."""
+
+    sets: list[Atom]
+    inverse: torch.Tensor
+
+    @classmethod
+    def of(cls, site: Site, labels: Labels) -> Atoms:
+        ids, inverse = _distinct_in_order(site.ids)
+        return cls([labels.lattice.labels(i) for i in ids], inverse)
+
+
+def _distinct_in_order(ids: torch.Tensor) -> tuple[list[int], torch.Tensor]:
+    """Distinct ids by first appearance, each free index (id 0) by itself, and the place of each index among them."""
+    if ids.numel() == torch.unique(ids).numel():
+        return ids.tolist(), torch.arange(ids.numel())
+    seen: dict[int, int] = {}
+    found: list[int] = []
+    inverse = []
+    for i in ids.tolist():
+        if i == 0 or i not in seen:
+            seen[i] = len(found)
+            found.append(i)
+        inverse.append(seen[i])
+    return found, torch.tensor(inverse, dtype=torch.int64)

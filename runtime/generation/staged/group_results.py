@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from runtime.generation.conversation import Conversation
 from runtime.generation.generation_request import Step
 
-__all__ = ["Said"]
+__all__ = ["GroupResults"]
 
 
-class Said:
+class GroupResults:
     """See the module's docstring."""
 
     def __init__(self, groups: list[Conversation]) -> None:

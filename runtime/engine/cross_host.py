@@ -1,4 +1,4 @@
-"""What it costs that tensor parallelism crosses hosts: measured where the ranks are, and told once.
+"""A warning where tensor parallelism crosses hosts, with what that costs: measured when the ranks connect.
 
 Tensor parallelism has two collectives per layer and token, each of which waits for the slowest link. Between hosts
 these are one to two orders of magnitude slower than inside one (Megatron-LM, arXiv:2104.04473, section 3.2).
@@ -16,7 +16,7 @@ from runtime.communication.process_groups import ProcessGroups
 from runtime.ops.communicating import COMMUNICATING, axes_text
 from runtime.program.rank_program import RankProgram
 
-__all__ = ["num_collectives", "tell_crossing"]
+__all__ = ["warn_cross_host"]
 
 _log = logging.getLogger("partitioner")
 _MESSAGE_BYTES = 16 * 1024  # one token's hidden state, of a model of 8192 in bfloat16
@@ -25,12 +25,12 @@ _WITHIN_HOST = {"tp", "etp"}
 """Axes whose ranks meet in every layer."""
 
 
-def tell_crossing(program: RankProgram, communicator: ProcessGroups) -> None:
-    """A collective of the groups that cross. The first rank of all says it, of the groups that it is in."""
+def warn_cross_host(program: RankProgram, communicator: ProcessGroups) -> None:
+    """A collective of the groups that cross hosts. Rank 0 logs the warning, for the groups that it is in."""
     for axes, hosts in sorted(communicator.hosts.items()):
         if hosts < 2 or not _WITHIN_HOST & set(axes):
             continue
-        count = num_collectives(program, axes)
+        count = _num_collectives(program, axes)
         if not count:
             continue
         seconds = _measured(communicator, axes)
@@ -49,7 +49,7 @@ def tell_crossing(program: RankProgram, communicator: ProcessGroups) -> None:
             )
 
 
-def num_collectives(program: RankProgram, axes: tuple[str, ...]) -> int:
+def _num_collectives(program: RankProgram, axes: tuple[str, ...]) -> int:
     """How many meetings over `axes` one run of the rank's graph has."""
     found = (
         meeting

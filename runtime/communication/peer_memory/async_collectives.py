@@ -1,4 +1,4 @@
-"""Collectives by peer memory that are under way on a stream of their own while the rank computes."""
+"""Asynchronous collectives by peer memory: they run on a side stream while the rank computes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from runtime.communication.channels import Handle
 from runtime.communication.peer_memory.peer_memory import PeerMemory
 from runtime.communication.peer_memory.rows.copy_rows import PeerCopies
 
-__all__ = ["begin_all_reduce", "copies_of", "run_beside"]
+__all__ = ["begin_all_reduce", "copies_of", "run_async"]
 
 LEAST_BYTES = 1 << 22
-"""Of what copy engines bring: shorter ones take less on the rank's own stream than what two streams take to meet."""
+"""Of what copy engines bring: shorter ones take less on the rank's own stream than two streams take to synchronize."""
 
 
 def begin_all_reduce(
@@ -27,7 +27,7 @@ def begin_all_reduce(
         if way == "nccl":
             return otherwise(x)
         out = x if overwrite and x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
-        return run_beside(peers, lambda: peers.all_reduce(x, out, way), out, x)
+        return run_async(peers, lambda: peers.all_reduce(x, out, way), out, x)
 
     return begin
 
@@ -43,12 +43,12 @@ def copies_of(peers: PeerMemory | None, x: Tensor, *, scatters: bool) -> PeerCop
     return copies
 
 
-def run_beside(peers: PeerMemory, run: Callable[[], object], out: Tensor, *read: Tensor) -> Handle:
-    """`run`, which fills `out`; `read`: kept until nobody reads them any more."""
-    end, kept = peers.under_way.begin(run), list(read)
+def run_async(peers: PeerMemory, run: Callable[[], object], out: Tensor, *read: Tensor) -> Handle:
+    """Runs what fills `out` on the side stream; `read` is kept alive until the handle is finished."""
+    end, kept = peers.side_stream.begin(run), list(read)
 
     def finish() -> Tensor:
-        peers.under_way.finish(end)
+        peers.side_stream.finish(end)
         kept.clear()
         return out
 

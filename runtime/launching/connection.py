@@ -1,10 +1,10 @@
 """A connection between a process and a rank that it has started: whole messages, plain data, in both directions.
 
-ours, theirs = pair()            a pair of sockets without a name: nobody else can come to it
-line = Line(ours)
-line.send({"kind": "grant"})     JSON behind its length, 8 bytes; never pickle
-line.receive()                   waits for the next; None: the other end is gone
-line.received()                  what has come already
+ours, theirs = pair()                  a pair of sockets without a name: nobody else can come to it
+connection = Connection(ours)
+connection.send({"kind": "grant"})     JSON behind its length, 8 bytes; never pickle
+connection.receive()                   waits for the next; None: the other end is gone
+connection.received()                  what has come already
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import socket
 import threading
 from typing import Any
 
-__all__ = ["Line", "Message", "pair"]
+__all__ = ["Connection", "Message", "pair"]
 
 Message = dict[str, Any]
 _LENGTH_BYTES = 8
@@ -25,13 +25,13 @@ def pair() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
 
 
-class Line:
+class Connection:
     """See the module's docstring. Any thread may send, one receives."""
 
-    def __init__(self, connection: socket.socket, *, timeout_s: float | None = None) -> None:
+    def __init__(self, end: socket.socket, *, timeout_s: float | None = None) -> None:
         """timeout_s: how long sending may take, where the other end does not read."""
-        self.socket = connection
-        connection.settimeout(timeout_s)
+        self.socket = end
+        end.settimeout(timeout_s)
         self._sending = threading.Lock()
         self._unread = bytearray()
         self._complete: list[Message] = []

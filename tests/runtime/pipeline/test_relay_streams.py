@@ -1,7 +1,7 @@
 """The relay on a device with several streams: no two of them touch the same memory in an order that is left open.
 
-A fake device notes what each lane does, in order, and what it waits for. NCCL has one stream, which waits for the lane
-that calls it. Two accesses of one memory, one of them a write, must be ordered by what was noted.
+A fake device notes what each stream does, in order, and what it waits for. NCCL has one stream, which waits for the
+one that calls it. Two accesses of one memory, one of them a write, must be ordered by what was noted.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from runtime.program.rank_program import Stage
 
 @dataclass
 class Device:
-    """What has been queued: of each entry its lane, what it comes after besides, and what it reads and writes."""
+    """What has been queued: of each entry its stream, what it comes after besides, and what it reads and writes."""
 
-    lane: str = "compute"
+    stream: str = "compute"
     after: list[set[int]] = field(default_factory=list)
-    lanes: dict[str, int] = field(default_factory=dict)
-    """The latest entry of each lane."""
+    streams: dict[str, int] = field(default_factory=dict)
+    """The latest entry of each stream."""
     touched: dict[Any, list[tuple[int, bool]]] = field(default_factory=dict)
     """By memory: entries, and whether they write."""
 
     def queue(self, *, reads: Any = (), writes: Any = (), after: tuple[int | None, ...] = ()) -> int:
         at = len(self.after)
-        self.after.append({each for each in (*after, self.lanes.get(self.lane)) if each is not None})
-        self.lanes[self.lane] = at
+        self.after.append({each for each in (*after, self.streams.get(self.stream)) if each is not None})
+        self.streams[self.stream] = at
         for memory, is_write in (*((each, False) for each in reads), *((each, True) for each in writes)):
             self.touched.setdefault(memory, []).append((at, is_write))
         return at
 
     @contextmanager
-    def on(self, lane: str) -> Iterator[None]:
-        before, self.lane = self.lane, lane
+    def on(self, stream: str) -> Iterator[None]:
+        before, self.stream = self.stream, stream
         yield
-        self.lane = before
+        self.stream = before
 
-    # as Lanes has it
+    # as Streams has it
 
     def receiving(self) -> Any:
         return self.on("receiving")
@@ -58,11 +58,11 @@ class Device:
     def outgoing(self) -> Any:
         return self.on("outgoing")
 
-    def mark(self) -> Any:
-        return SimpleNamespace(at=self.lanes.get(self.lane), synchronize=lambda: None)
+    def record(self) -> Any:
+        return SimpleNamespace(at=self.streams.get(self.stream), synchronize=lambda: None)
 
-    def wait(self, mark: Any) -> None:
-        self.queue(after=(mark.at,))
+    def wait(self, event: Any) -> None:
+        self.queue(after=(event.at,))
 
     def to_host(self, memory: Memory) -> Any:
         self.queue(reads=[memory.name])
@@ -71,13 +71,13 @@ class Device:
     # as a channel over NCCL has it
 
     def receive_begin(self, shape: Any, dtype: Any, from_: int) -> Handle:
-        asked, landing = self.lanes.get(self.lane), object()
+        asked, landing = self.streams.get(self.stream), object()
         with self.on("nccl"):
             done = self.queue(writes=[landing], after=(asked,))
         return self._finishing(done, landing)
 
     def send_begin(self, memory: Memory, to: int) -> Handle:
-        asked = self.lanes.get(self.lane)
+        asked = self.streams.get(self.stream)
         with self.on("nccl"):
             done = self.queue(reads=[memory.name], after=(asked,))
         return self._finishing(done, memory)
@@ -151,15 +151,15 @@ def test_every_memory_is_used_in_one_order(stage: int, stages: int, groups: int,
 def test_a_wait_that_is_left_out_is_a_race() -> None:
     """The negative control: each wait of the relay in turn."""
     wait = Device.wait
-    for lane in ("incoming", "outgoing", "compute"):
+    for stream in ("incoming", "outgoing", "compute"):
 
-        def but_one(device: Device, mark: Any, lane: str = lane) -> None:
-            if device.lane != lane:
-                wait(device, mark)
+        def but_one(device: Device, event: Any, stream: str = stream) -> None:
+            if device.stream != stream:
+                wait(device, event)
 
         with mock.patch.object(Device, "wait", but_one):
             cases = [(stage, shares_head) for stage in (0, 1) for shares_head in (False, True)]
-            assert any(races(stage, 2, 3, shares_head=shares_head) for stage, shares_head in cases), lane
+            assert any(races(stage, 2, 3, shares_head=shares_head) for stage, shares_head in cases), stream
 
     class Forgetful(Device):
         """One that does not wait for what is to leave."""

@@ -1,7 +1,7 @@
-"""Carrying a schedule out on one rank of a stage, and a whole run of one stage by it.
+"""Running a schedule on one rank of a stage, and a whole run of one stage by it.
 
-Staged(executable, head)(values)    the batch in pieces through the stages: the result on the last stage, None on the
-                                    others; on all, where they share out the head
+StagedExecutable(executable, head)(values)    the batch in pieces through the stages: the result on the last stage, None
+                                              on the others; on all, where they share out the head
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from runtime.pipeline.head import HeadOfAll
 from runtime.pipeline.links import Links, sizes_of
 from runtime.pipeline.schedule import Action, Head, Receive, Run, Send, chain, pieces_of
 
-__all__ = ["Staged", "perform"]
+__all__ = ["StagedExecutable", "run_schedule"]
 
 _IN_FLIGHT = 2
 """How many pieces may be on their way to the next stage: each holds its memory."""
 
 
-def perform(
+def run_schedule(
     actions: Sequence[Action],
     links: Links,
     sizes: Sequence[dict[str, int]],
     run: Callable[[int, list[Tensor]], Any],
     head: Callable[[int, Any], None] | None = None,
 ) -> None:
-    """Carries out a stage's part of a chain. run: of a piece's number and what came for it, what the stage yields.
+    """Runs the actions of one stage of a chain. run: of a piece's number and what came for it, what the stage yields.
 
     head: of a piece's number and what the last stage has made of it, None on the others, for a head that all share out.
     """
@@ -62,10 +62,10 @@ def _finish(handles: Sequence[Handle]) -> None:
         handle.finish()
 
 
-class Staged:
+class StagedExecutable:
     """See the module's docstring. head: of stages that share it out, all of which have the result."""
 
-    def __init__(self, executable: Executable, head: HeadOfAll | None = None) -> None:
+    def __init__(self, executable: Executable, head: HeadOfAll | None) -> None:
         stage = executable.program.stage
         assert stage is not None
         self.executable, self.stage, self.head = executable, stage, head
@@ -99,7 +99,7 @@ class Staged:
             heads = range(len(pieces)) if self.head is not None else ()
             early = self.executable.device.type != "cuda"
             timeline = chain(self.stage.count, len(pieces), heads=heads, early=early)[self.stage.index]
-            perform(timeline, self.links, sizes, run, head)
+            run_schedule(timeline, self.links, sizes, run, head)
         except BaseException as error:
             self.executable.communicator.abort(error)
             raise
