@@ -30,7 +30,6 @@ from tests.support import generated
 from tests.support.partitioned import EXACT, compiled_for, error, sized, tokens, traced
 from tests.support.processes import forked
 
-EXAMPLES = int(os.environ.get("EXAMPLES", "1000"))
 VOCABULARY = 61
 ALL = "pp=2,sp=2,tp=2,ep=4"
 
@@ -186,11 +185,12 @@ def test_any_plan_says_the_same(case: Any, lengths: list[int], piece: int) -> No
 
 
 @pytest.mark.slow
-def test_a_thousand_plans_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_plans_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    """20; --hypothesis-profile=full: 1,000, which takes hours and tells how many there were so far."""
     seen: Counter[str] = Counter()
     different: set[str] = set()
 
-    @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=max(20, settings().max_examples), suppress_health_check=list(HealthCheck), database=None)
     @given(
         st.sampled_from([*DENSE, "mixtral", "qwen3_moe"]),
         plans,

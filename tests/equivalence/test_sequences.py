@@ -156,7 +156,7 @@ def test_any_plan_computes_the_same(name: str, plan: str, length: int, batch: in
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=max(20, settings().max_examples))
 @given(st.sampled_from(NAMES), plans, st.integers(1, 48), st.integers(1, 3))
 def test_any_plan_computes_the_same_for_long(name: str, plan: str, length: int, batch: int) -> None:
     whole_texts_and_new_ones(name, plan, length, batch)

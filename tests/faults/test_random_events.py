@@ -8,6 +8,7 @@ hangs, and nothing is left: no process of the server's session, no temporary fil
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -203,11 +204,13 @@ async def life(population: Population, events: Sequence[str]) -> None:
                 ranks = server.ranks()
                 if ranks:
                     rank = draw.choice(ranks)
-                    os.kill(rank, signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
-                    population.seen[f"rank: {kind}"] += 1
-                    if kind == "pause":
-                        await asyncio.sleep(0.5)
-                        os.kill(rank, signal.SIGCONT)
+                    # one that is lost already may be ended, and waited for, at any time
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(rank, signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+                        population.seen[f"rank: {kind}"] += 1
+                        if kind == "pause":
+                            await asyncio.sleep(0.5)
+                            os.kill(rank, signal.SIGCONT)
             else:
                 population.begin(client, kind)
             await asyncio.sleep(draw.expovariate(4))

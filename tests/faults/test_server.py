@@ -50,6 +50,17 @@ def run(server: Served, work: Callable[[openai.AsyncOpenAI], Awaitable[Any]], se
     return asyncio.run(connected())
 
 
+async def until_all_run(server: Served) -> None:
+    """Until each replica has rows that run."""
+    async with httpx2.AsyncClient() as looking:
+        while True:
+            lines = (await looking.get(f"{server.url}/metrics")).text.splitlines()
+            running = [float(line.split()[-1]) for line in lines if line.startswith("partitioner_replica_running{")]
+            if running and all(running):
+                return
+            await asyncio.sleep(0.01)
+
+
 async def outcome(client: openai.AsyncOpenAI, number: int, **asked: Any) -> str:
     """The text of an answer, or how it was refused; anything else is raised."""
     given = {"model": MODEL, "prompt": "The value of the"[: 4 + number % 12], "max_tokens": 60, "seed": number, **asked}
@@ -110,8 +121,8 @@ def test_64_mixed_requests_are_answered_with_the_tokens_of_one_by_one(plan: str,
 
 def test_a_killed_rank_is_told_and_the_other_replica_goes_on(tmp_path: Path) -> None:
     async def meanwhile(client: openai.AsyncOpenAI) -> list[str]:
-        asking = [asyncio.create_task(outcome(client, number)) for number in range(16)]
-        await asyncio.sleep(0.5)
+        asking = [asyncio.create_task(outcome(client, number, max_tokens=150)) for number in range(16)]
+        await until_all_run(server)
         os.kill(ranks[0], signal.SIGKILL)
         return await asyncio.gather(*asking)
 
@@ -119,7 +130,7 @@ def test_a_killed_rank_is_told_and_the_other_replica_goes_on(tmp_path: Path) -> 
         ranks = server.ranks()
         found = run(server, meanwhile)
         lost = [text for text in found if text in ("refused 503 replica_lost", "ended replica_lost")]
-        assert len(lost) < 16
+        assert 0 < len(lost) < 16
         health = httpx2.get(f"{server.url}/health")
         assert (health.status_code, health.json()["status"]) == (200, "degraded")
         assert httpx2.get(f"{server.url}/health?every=1").status_code == 503
@@ -143,9 +154,10 @@ def test_a_lost_replica_comes_back_while_the_other_serves(tmp_path: Path) -> Non
         assert len(set(server.ranks()) - set(before)) == 1
         again = run(server, lambda client: asyncio.gather(*(outcome(client, number) for number in range(8))))
         assert again == found
-        os.kill(server.ranks()[0], signal.SIGKILL)  # while it is being started again, the server ends
-        until(lambda: httpx2.get(f"{server.url}/health").json()["status"] == "degraded", 5)
-        time.sleep(2.5)
+        killed = server.ranks()[0]
+        os.kill(killed, signal.SIGKILL)
+        # while it is being started again, the server ends
+        until(lambda: len(set(server.ranks()) - {killed}) == 2)
         ranks = server.ranks()
         assert server.end() == 0
     assert all(map(gone, [*before, *ranks]))
@@ -154,7 +166,7 @@ def test_a_lost_replica_comes_back_while_the_other_serves(tmp_path: Path) -> Non
 def test_a_stopped_rank_is_lost_after_its_time(tmp_path: Path) -> None:
     async def meanwhile(client: openai.AsyncOpenAI) -> list[str]:
         asking = [asyncio.create_task(outcome(client, number, max_tokens=200)) for number in range(4)]
-        await asyncio.sleep(0.3)
+        await until_all_run(server)
         os.kill(ranks[1], signal.SIGSTOP)
         return await asyncio.gather(*asking)
 

@@ -23,7 +23,7 @@ import partitioner
 from partitioner import PartitionerError
 from runtime.weights.read_shards import Reader
 from runtime.weights.safetensors_files import INDEX, TensorFiles
-from tests.support.bundle_forger import Forger, save_tiny
+from tests.support.bundle_forger import Forger, save_tiny, showable_errors
 
 DEADLINE_S = 5.0
 QUICK, ALL = 60, 2000
@@ -87,7 +87,8 @@ def within_deadline(use: Callable[[], object]) -> tuple[str, float]:
     started = time.process_time()
     refused: PartitionerError | None = None
     try:
-        use()
+        with showable_errors():
+            use()
     except PartitionerError as error:
         refused = error
     finally:
@@ -95,7 +96,6 @@ def within_deadline(use: Callable[[], object]) -> tuple[str, float]:
             signal.setitimer(timer, 0)
         for number, handler in zip((signal.SIGPROF, signal.SIGALRM), before, strict=True):
             signal.signal(number, handler)
-    assert len(str(refused)) < 5000, f"an error of {len(str(refused))} characters"
     return "read" if refused is None else type(refused).__name__, time.process_time() - started
 
 

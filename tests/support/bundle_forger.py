@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import partitioner
-from partitioner import Plan, partition
+from partitioner import PartitionerError, Plan, partition
+from partitioner.storage.bundle.format.untrusted_json import CONTROL
 
 IDS = torch.tensor([[5, 17, 9, 33, 2], [1, 1, 30, 7, 20]])
 
@@ -42,6 +43,19 @@ def save_tiny(folder: Path) -> None:
     partition(tiny_model(), Plan(tp=2)).save(folder)
 
 
+@contextlib.contextmanager
+def showable_errors() -> Iterator[None]:
+    """An error may hold what a file's author chose: never much of it, and nothing that would steer a terminal."""
+    try:
+        yield
+    except PartitionerError as error:
+        said = str(error)
+        assert len(said) < 5000, f"an error of {len(said)} characters: {said[:200]!r}"
+        assert not CONTROL.search(said), f"an error with control characters: {said!r}"
+        raise
+
+
+@showable_errors()
 def use(folder: Path) -> tuple[Tensor, Tensor]:
     """All that one does with a bundle: everything read and checked, logits and a continuation."""
     bundle = partitioner.load(folder)

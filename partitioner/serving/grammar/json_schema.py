@@ -121,11 +121,11 @@ class _Writer:
         self._write(name, schema, at)
         return name
 
-    def _referred(self, reference: str, at: str) -> str:
-        if reference not in self._named:
+    def _referred(self, reference: Any, at: str) -> str:
+        if not isinstance(reference, str) or reference not in self._named:
             target = _target(self._schema, reference, at)
             name = self._named[reference] = self._new()
-            self._write(name, target, reference)
+            self._write(name, target, reference[:80])
         return self._named[reference]
 
     def _write(self, name: str, schema: Any, at: str) -> None:
@@ -149,7 +149,9 @@ class _Writer:
             return
         beside = asked.keys() - {alone} - ({"type"} if alone in ("enum", "const") else set())
         if beside:
-            raise InputError(f"{at}: {sorted(beside)[0]!r} beside {alone!r} is not offered: leave one of them out")
+            raise InputError(
+                f"{at}: {_short(sorted(beside)[0])} beside {alone!r} is not offered: leave one of them out"
+            )
         value = asked[alone]
         if alone == "$ref":
             self._same[name] = [self._referred(value, at)]
@@ -175,7 +177,9 @@ class _Writer:
             types = [kind for kind, known in _BY_TYPE.items() if keys & known][:1] or list(_BY_TYPE)
         unknown = keys - frozenset().union(*(_BY_TYPE[kind] for kind in types))
         if unknown:
-            raise InputError(f"{at}: {sorted(unknown)[0]!r} is not offered for {' or '.join(types)}: leave it out")
+            raise InputError(
+                f"{at}: {_short(sorted(unknown)[0])} is not offered for {' or '.join(types)}: leave it out"
+            )
         made = {"object": self._object, "array": self._array, "string": self._string}
         return " | ".join(f"( {made[kind](asked, at)} )" if kind in made else kind for kind in types)
 
@@ -252,7 +256,7 @@ def _target(schema: Any, reference: Any, at: str) -> Any:
     for part in reference.split("/")[1:]:
         part = part.replace("~1", "/").replace("~0", "~")
         if not isinstance(found, dict) or part not in found:
-            raise InputError(f"{at}: the schema has nothing at {reference!r}")
+            raise InputError(f"{at}: the schema has nothing at {_short(reference)}")
         found = found[part]
     return found
 

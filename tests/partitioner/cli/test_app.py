@@ -106,7 +106,9 @@ def test_a_rank_that_fails_is_a_difference_at_its_node(small: str, damaged) -> N
 def test_report_needs_no_data(small: str) -> None:
     code, output = run("report", small, "--tp", "2")
     assert code == 0, output
-    assert "all_reduce" in output or "tp" in output
+    assert "q_proj.weight" in output
+    assert "tp over dim 0" in output
+    assert "all_reduce: " in output
 
 
 def test_report_of_generation(small: str) -> None:

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
@@ -44,6 +45,13 @@ def saved(tmp_path: Any, plan: Plan) -> Any:
     return tmp_path / "bundle"
 
 
+def wait_until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def told(future: Future[list[int]], seconds: float = 120) -> list[int] | None:
     """None: it was cancelled."""
     with contextlib.suppress(CancelledError):
@@ -59,7 +67,7 @@ def test_each_gets_its_own(
     draw = random.Random(1)
     with launched(plan, tmp_path, monkeypatch, pytestconfig.rootpath) as llm:
         futures = [llm.submit([case.prompt], **case.options)[0] for case in asked]
-        time.sleep(0.2)
+        wait_until(lambda: all(each.running for each in llm.status().replicas))
         cancelled = {number for number in range(64) if draw.random() < 0.1 and futures[number].cancel()}
         for number, future in enumerate(futures):
             found = told(future)
@@ -71,13 +79,11 @@ def test_each_gets_its_own(
         stream = llm.stream([[5, 6, 7]], max_new_tokens=100, eos_token_id=[])
         next(stream)
         stream.close()
-        deadline = time.monotonic() + 20
-        while llm.status().running:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(lambda: not llm.status().running)
         # and a rank that is killed while all are busy
         futures = [llm.submit([case.prompt], **case.options)[0] for case in asked]
-        time.sleep(0.3)
+        # the first of many, of which some wait: each replica has rows that it will not finish
+        wait_until(lambda: all(each.running and each.waiting for each in llm.status().replicas))
         os.kill(llm.pids[1][-1], signal.SIGKILL)
         lost = 0
         for number, future in enumerate(futures):

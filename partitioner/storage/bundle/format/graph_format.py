@@ -34,6 +34,7 @@ from partitioner.storage.bundle.format.untrusted_json import (
     IDENTIFIER,
     Record,
     dtype_name,
+    short,
     whole_number,
 )
 
@@ -174,7 +175,7 @@ def build(
     reader.end(Record.parse(last, f"{where}:{len(lines) + 1}"))
     taken = [str(node.target) for node in reader.graph.nodes if node.op == "placeholder"]
     if taken != list(inputs):
-        raise BundleError(f"{where} takes the inputs {taken}, where {list(inputs)} are described")
+        raise BundleError(f"{where} takes the inputs {short(taken)}, where {short(list(inputs))} are described")
     return reader.graph
 
 

@@ -25,7 +25,7 @@ from partitioner.errors import BundleError, PlanError
 from partitioner.program.plan import SP_ATTENTION
 from partitioner.sharding.mesh import AXES, DEGREES, MOST_RANKS, Mesh
 from partitioner.storage.bundle.format.bundle_files import NAME, Folder, digest_of
-from partitioner.storage.bundle.format.untrusted_json import Record
+from partitioner.storage.bundle.format.untrusted_json import HEXADECIMAL, Record, short
 from partitioner.storage.recognise import MANIFEST
 
 __all__ = ["DIGEST", "SCHEMA", "File", "Manifest"]
@@ -95,6 +95,11 @@ class Manifest:
         if not (folder.path / MANIFEST).exists():
             raise BundleError(f"{folder.path} is no bundle: it has no {MANIFEST}")
         digest = folder.read(DIGEST, bytes=65).decode("ascii", "replace").strip()
+        if not HEXADECIMAL.fullmatch(digest):
+            raise BundleError(
+                f"{folder.path / DIGEST} is damaged or was altered: it must hold 64 hexadecimal digits, got "
+                f"{short(digest)}"
+            )
         record = Record.parse(folder.read(MANIFEST, digest=digest), f"{folder.path / MANIFEST}")
         if record.any("format") != FORMAT:
             record.fail("format", repr(FORMAT))

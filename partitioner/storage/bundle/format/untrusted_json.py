@@ -17,7 +17,18 @@ import torch
 
 from partitioner.errors import BundleError
 
-__all__ = ["CONTROL", "DOTTED", "DTYPES", "IDENTIFIER", "Record", "dtype_name", "parse", "whole_number"]
+__all__ = [
+    "CONTROL",
+    "DOTTED",
+    "DTYPES",
+    "HEXADECIMAL",
+    "IDENTIFIER",
+    "Record",
+    "dtype_name",
+    "parse",
+    "short",
+    "whole_number",
+]
 
 T = TypeVar("T")
 
@@ -26,7 +37,9 @@ DOTTED = re.compile(r"[A-Za-z0-9_]{1,200}(\.[A-Za-z0-9_]{1,200}){0,50}")
 """A name of a weight, or of a module."""
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 """What would steer a terminal that shows a text, or could not be shown at all."""
-DIGEST = re.compile(r"[0-9a-f]{64}")
+_PLAIN = re.compile(r"[A-Za-z0-9_./\-]{1,100}")
+HEXADECIMAL = re.compile(r"[0-9a-f]{64}")
+"""A SHA-256."""
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -57,7 +70,7 @@ class Record:
     def __init__(self, data: object, where: str) -> None:
         self.where = where
         if not isinstance(data, dict):
-            raise BundleError(f"{where} must be an object, got {_short(data)}")
+            raise BundleError(f"{where} must be an object, got {short(data)}")
         self._data: dict[str, Any] = data
         self._asked: set[str] = set()
 
@@ -66,11 +79,11 @@ class Record:
         return cls(parse(text, where), where)
 
     def fail(self, name: str, required: str) -> NoReturn:
-        raise BundleError(f"{self.where}: {name!r} must be {required}, got {_short(self._data.get(name))}")
+        raise BundleError(f"{self.where}: {short(name)} must be {required}, got {short(self._data.get(name))}")
 
     def any(self, name: str) -> Any:
         if name not in self._data:
-            raise BundleError(f"{self.where} has no {name!r}")
+            raise BundleError(f"{self.where} has no {short(name)}")
         self._asked.add(name)
         return self._data[name]
 
@@ -90,7 +103,7 @@ class Record:
 
     def digest(self, name: str) -> str:
         value = self.any(name)
-        if not isinstance(value, str) or not DIGEST.fullmatch(value):
+        if not isinstance(value, str) or not HEXADECIMAL.fullmatch(value):
             self.fail(name, "64 hexadecimal digits")
         return value
 
@@ -148,7 +161,8 @@ class Record:
         return tuple((a, b) for a, b in value)
 
     def record(self, name: str) -> Record:
-        return Record(self.any(name), f"{self.where}: {name}")
+        # names are data too, as those of files are
+        return Record(self.any(name), f"{self.where}: {name if _PLAIN.fullmatch(name) else short(name)}")
 
     def records(self, name: str) -> Iterator[Record]:
         value = self.any(name)
@@ -166,7 +180,7 @@ class Record:
     def done(self) -> None:
         extra = sorted(set(self._data) - self._asked)
         if extra:
-            raise BundleError(f"{self.where} has the unknown field {extra[0][:100]!r}")
+            raise BundleError(f"{self.where} has the unknown field {short(extra[0])}")
 
 
 def parse(text: bytes, where: str) -> Any:
@@ -218,6 +232,7 @@ def _is_deep(data: Any) -> bool:
     return True
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A value as errors show it: on one line, without control characters, of at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -122,6 +122,7 @@ def test_texts(schema: Any, right: list[str], wrong: list[str]) -> None:
         ({"items": 3, "type": "array"}, "must be an object"),
         ({"$ref": "https://example.com/schema"}, "of the same schema"),
         ({"$ref": "#/$defs/none"}, "has nothing at"),
+        ({"$ref": ["#"]}, "of the same schema"),
         ({"$ref": "#"}, "stands for itself"),
         ({"anyOf": [{"type": "null"}, {"$ref": "#"}]}, "stands for itself"),
         ({"enum": ["a" * 70_000]}, "may have 65536"),
@@ -132,6 +133,34 @@ def test_texts(schema: Any, right: list[str], wrong: list[str]) -> None:
 def test_what_cannot_be_obeyed_is_refused(schema: Any, said: str) -> None:
     with pytest.raises(InputError, match=said):
         grammar_of(schema)
+
+
+WORDS = ["$ref", "$defs", "anyOf", "oneOf", "enum", "const", "type", "properties", "required", "additionalProperties"]
+WORDS += ["items", "minItems", "maxItems", "minLength", "maxLength", "title", "", "x" * 1000]
+LEAVES = [0, -1, 2**70, 1.5, True, None, "#", "#/$defs/x", "#/a~", "object", "array", "string", "integer", "y" * 1000]
+
+
+def at_random(draw: random.Random, depth: int = 0) -> Any:
+    """JSON whose words are those of schemas."""
+    kind = draw.randrange(4) if depth < 5 else 0
+    if kind < 2:
+        return draw.choice(LEAVES)
+    times = range(draw.randrange(4))
+    if kind == 2:
+        return [at_random(draw, depth + 1) for _ in times]
+    return {draw.choice(WORDS): at_random(draw, depth + 1) for _ in times}
+
+
+def test_whatever_is_asked_for_is_a_grammar_or_refused() -> None:
+    """By an error of ours, which shows little of what was asked for."""
+    said = []
+    for seed in range(5000):
+        try:
+            grammar_of(at_random(random.Random(seed)))
+        except InputError as error:
+            said.append(str(error))
+    assert 1000 < len(said) < 5000
+    assert max(map(len, said)) < 1000
 
 
 def test_depth_is_bounded() -> None:

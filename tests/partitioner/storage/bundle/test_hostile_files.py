@@ -29,6 +29,7 @@ MANIFEST: dict[str, Callable[[Data], Any]] = {
     "schema as text": lambda d: d.update(schema="1"),
     "no versions": lambda d: d.update(versions=[]),
     "a version with an escape": lambda d: d["versions"].update(torch="\x1b[31m2.0"),
+    "a version of a long name": lambda d: d["versions"].update({"x" * 100_000: 1}),
     "a mesh that is not the plan's": lambda d: d["mesh"].update(tp=3),
     "a mesh of another axis": lambda d: d["mesh"].update(ep=2),
     "a mesh without an axis": lambda d: d["mesh"].pop("dp"),
@@ -57,10 +58,11 @@ MANIFEST: dict[str, Callable[[Data], Any]] = {
     "a size beyond all": lambda d: d["files"]["report.txt"].update(bytes=HUGE),
     "a size that is true": lambda d: d["files"]["report.txt"].update(bytes=True),
     **{
-        f"the file {name!r}": lambda d, name=name: d["files"].update({name: {"bytes": 1, "sha256": "0" * 64}})
+        f"the file {name[:20]!r}": lambda d, name=name: d["files"].update({name: {"bytes": 1, "sha256": "0" * 64}})
         for name in (
             "../x", "/etc/passwd", "", ".", "..", "a/../b", ".hidden", "graphs/.x", "a\\b", "a//b", "a/", "a/b/c/d/e",
             "weights/../../x", "x\n", "x\u0000", "C:x", "~/x", "a b", "weights/" + "x" * 300, "-x", "\u202etxt",
+            "x" * 100_000, "\x1b[2J", "a\nb",
         )
     },
 }  # fmt: skip
