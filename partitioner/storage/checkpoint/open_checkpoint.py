@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from partitioner.errors import CaptureError, PartitionerError, WeightError
@@ -35,6 +36,7 @@ from partitioner.storage.named_model import (
     load_config,
     without_grouped_mm,
 )
+from runtime.weights.quantized.formats import FORMATS
 from runtime.weights.safetensors_files import INDEX, SINGLE, TensorFiles
 
 __all__ = ["Checkpoint", "can_open", "open_checkpoint"]
@@ -71,6 +73,10 @@ def open_checkpoint(folder: str | Path, *, dtype: torch.dtype | None = None, map
     stored = _recording_tensors(files, quantized)
     _require_few_layers(path, config, len(stored))
     model, info = _load(model_class, config, stored, dtype or "auto")
+    if turned := _inputs_first(model, quantized):
+        quantized.turned |= turned
+        model, info = _load(model_class, config, _recording_tensors(files, quantized), dtype or "auto")
+    _require_turned(path, model, quantized)
     _require_complete(path, model, info, files.entries)
     _require_numbers(path, model)
     moved, computed, cast = _take_recording_tensors(model)
@@ -109,6 +115,30 @@ def _recording_tensors(files: TensorFiles, quantized: Quantized) -> dict[str, Re
         numbers = RecordingTensor.of(name, packed.shape, packed.computed_in, same)
         stored[name] = numbers.transpose(-1, -2) if name in quantized.turned else numbers  # type: ignore[assignment]
     return stored
+
+
+def _inputs_first(model: PreTrainedModel, quantized: Quantized) -> set[str]:
+    """Names of weights that the model has with inputs before outputs. Tools that pack linears turn these first."""
+    owners = [path for path, module in model.named_modules() if isinstance(module, Conv1D)]
+    names = [name for name, packed in quantized.packed.items() if FORMATS[packed.format].turned] if owners else []
+    # a base model may be stored without its prefix, or be loaded from a model that has one
+    ends = {name: "." + name.removesuffix(".weight") for name in names}
+    return {
+        name for name, end in ends.items() if any(f".{own}".endswith(end) or end.endswith(f".{own}") for own in owners)
+    }
+
+
+def _require_turned(path: Path, model: PreTrainedModel, quantized: Quantized) -> None:
+    """A square one fits either way."""
+    for own, module in model.named_modules():
+        weight = module.weight if isinstance(module, Conv1D) else None
+        if isinstance(weight, RecordingTensor) and not weight.computed:
+            for name in {window.tensor for window in weight.moved.windows} - quantized.turned:
+                if name in quantized.packed and FORMATS[quantized.packed[name].format].turned:
+                    raise WeightError(
+                        f"{path}: {name!r} holds outputs before inputs, and {own!r} of {type(model).__name__}, which "
+                        "is loaded from it, the other way round: dequantise the model and save that"
+                    )
 
 
 def _plain_dtype(files: TensorFiles) -> torch.dtype | None:
