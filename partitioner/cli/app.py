@@ -256,9 +256,9 @@ def run_command(
     if is_rank():
         answer(question)
     elif simulate:
-        answer_here(question)
+        answer_here(question, timeout_s=timeout_s)
     elif question.num_ranks == 1:
-        answer_alone(question)
+        answer_alone(question, timeout_s=timeout_s)
     elif question.replicated.replicas > 1:
         run_on_replicas(question, timeout_s=timeout_s)
     else:

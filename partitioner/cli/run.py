@@ -100,11 +100,13 @@ class Question(Job):
                 prompt.encode()
             except UnicodeEncodeError as error:
                 raise InputError(f"the prompt {prompt!r} is not valid text: {error.reason}") from None
-        if not Path(self.model).is_dir():
+        if not self.model or not Path(self.model).is_dir():
             raise InputError(
                 f"{self.model!r} is not a folder: give a checkpoint folder with its tokenizer, or a bundle"
                 + hub_hint(self.model)
             )
+        if not is_bundle(self.model) and not Path(self.model, "config.json").is_file():
+            raise InputError(f"{self.model} is a folder, but no checkpoint: it has no config.json")
         if not is_bundle(self.model) and self.checkpoint is not None:
             raise InputError(f"--checkpoint is for a bundle that refers to one; {self.model!r} is not a bundle")
         if not is_bundle(self.model) and not self.checked:
@@ -214,10 +216,15 @@ def answer(question: Question) -> None:
         _answer_by(question, tokenizer, engine, steps)
 
 
-def answer_alone(question: Question) -> None:
+def answer_alone(question: Question, *, timeout_s: float) -> None:
     """The only rank, in this process."""
-    parts, tokenizer = _load(question)
     device = question.placed
+    with _within(timeout_s):
+        _answer_on(question, device)
+
+
+def _answer_on(question: Question, device: torch.device) -> None:
+    parts, tokenizer = _load(question)
     if device.type == "cpu" and not question.compile_steps:
         with _profiled(question, parts, writes=True):
             _write(question, tokenizer, parts, sys.stdout)
@@ -229,12 +236,13 @@ def answer_alone(question: Question) -> None:
         _answer_by(question, tokenizer, engine, steps)
 
 
-def answer_here(question: Question) -> None:
+def answer_here(question: Question, *, timeout_s: float) -> None:
     """All ranks in this process, one thread each."""
     require_threads(question.num_ranks)
-    parts, tokenizer = _load(question)
-    with _profiled(question, parts, writes=True):
-        _write(question, tokenizer, parts, sys.stdout)
+    with _within(timeout_s):
+        parts, tokenizer = _load(question)
+        with _profiled(question, parts, writes=True):
+            _write(question, tokenizer, parts, sys.stdout)
 
 
 def _answer_by(question: Question, tokenizer: Any, engine: Engine, steps: Steps) -> None:
@@ -313,6 +321,8 @@ def _tokenizer(question: Question) -> Any:
             f"the tokenizer of {question.model!r} has no chat template: leave --chat out, or put the model's "
             "chat_template.jinja into the folder"
         )
+    for prompt in question.prompts:  # one that has no tokens is told before anything is compiled
+        _ids(question, tokenizer, prompt)
     return tokenizer
 
 

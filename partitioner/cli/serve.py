@@ -120,7 +120,7 @@ def serve_command(
     if not grace >= 0:
         raise InputError(f"--grace must be a number of seconds, 0 for none; got {grace:g}")
     model = fetched(model, revision=revision)
-    if not Path(model).is_dir():
+    if not model or not Path(model).is_dir():
         raise InputError(
             f"{model!r} is not a folder: give a checkpoint folder with its tokenizer, or a bundle{hub_hint(model)}"
         )

@@ -10,6 +10,7 @@ from transformers.utils.hub import try_to_load_from_cache
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from partitioner.cli import app as cli
 from partitioner.cli import verify
 from partitioner.cli.app import app
 from partitioner.errors import CaptureError
@@ -150,6 +151,25 @@ def test_a_wrong_question_is_one_line_and_exit_code_2(arguments: list[str], mess
     assert code == 2
     assert message in output
     assert len(output.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("out", "said"), [("", "Is a directory"), ("/dev/full", "No space left on device")])
+def test_what_the_system_says_of_a_file_is_one_line_and_exit_code_2(
+    out: str, said: str, small: str, tmp_path: Path
+) -> None:
+    code, output = run("report", small, "--tp", "2", "--html", out or str(tmp_path))
+    assert code == 2
+    assert f"error: {f'{tmp_path}: ' if not out else ''}{said}" in output
+    assert "Traceback" not in output
+
+
+def test_a_fault_of_ours_is_not_taken_for_the_systems(monkeypatch: pytest.MonkeyPatch, small: str) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise OSError("no number says what this is")
+
+    monkeypatch.setattr(cli, "write_page", failing)
+    result = CliRunner().invoke(app, ["report", small, "--html", "page.html"])
+    assert isinstance(result.exception, OSError)
 
 
 def test_a_configuration_must_name_its_type(tmp_path: Path) -> None:
