@@ -157,6 +157,8 @@ def report_command(
         raise InputError("--explain and --generate do not go together with --html and --json: leave one of them out")
     if html is not None and not Path(html).resolve().parent.is_dir():
         raise InputError(f"--html {html}: there is no folder {Path(html).resolve().parent}")
+    if html is not None and Path(html).is_dir():
+        raise InputError(f"--html {html}: this is a folder, and the page is a file")
     parts = how.compile(model, dtype=dtype, meta=True)
     console = Console()
     if html is not None or print_json:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from partitioner.cli.common.options import Compile
 from partitioner.storage.bundle.bundle import load
+from partitioner.storage.bundle.format.bundle_files import require_free
 from partitioner.storage.bundle.save import has_tokenizer
 from partitioner.storage.recognise import is_bundle
 from runtime.kv_cache.device_memory import readable
@@ -20,6 +21,7 @@ def export(model: str, how: Compile, out: str, *, dtype: str | None, reference: 
 
     `model`: a checkpoint folder or a bundle, of which a file at most is held at a time; or what `load_model` takes.
     """
+    require_free(Path(out))  # here once, rather than after the model has been compiled
     started = time.perf_counter()
     tokenizer: Path | None = None
     with contextlib.ExitStack() as stack:

@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -109,6 +109,7 @@ def serve_command(
     """Serve a model over HTTP to OpenAI's clients, over one process per rank of this machine; ends on SIGTERM."""
     try:
         from partitioner.serving.http.keys import Keys
+        from partitioner.serving.http.limits import Limits
         from partitioner.serving.http.server import bound, serve_on
         from partitioner.serving.open_service import open_service, read_tokenizer, read_vocabulary
     except ModuleNotFoundError as error:
@@ -119,6 +120,8 @@ def serve_command(
         )
     if not grace >= 0:
         raise InputError(f"--grace must be a number of seconds, 0 for none; got {grace:g}")
+    limits: dict[str, Any] = {"max_requests": max_requests, "max_body_bytes": max_body, "request_s": request_timeout}
+    Limits(max_length=max_context or 2, **limits)  # here once, rather than when all ranks have loaded
     model = fetched(model, revision=revision)
     if not model or not Path(model).is_dir():
         raise InputError(
@@ -168,7 +171,7 @@ def serve_command(
             tokenizer,
             vocabulary=vocabulary,
             why_not=why_not,
-            limits={"max_requests": max_requests, "max_body_bytes": max_body, "request_s": request_timeout},
+            limits=limits,
             max_context=max_context,
             name=name,
             keys=keys,

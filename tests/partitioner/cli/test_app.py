@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from partitioner.cli import app as cli
 from partitioner.cli import verify
 from partitioner.cli.app import app
+from partitioner.cli.common.options import Compile
 from partitioner.errors import CaptureError
 from partitioner.storage import named_model
 from partitioner.storage.named_model import load_config, load_model
@@ -153,14 +154,26 @@ def test_a_wrong_question_is_one_line_and_exit_code_2(arguments: list[str], mess
     assert len(output.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize(("out", "said"), [("", "Is a directory"), ("/dev/full", "No space left on device")])
-def test_what_the_system_says_of_a_file_is_one_line_and_exit_code_2(
-    out: str, said: str, small: str, tmp_path: Path
-) -> None:
-    code, output = run("report", small, "--tp", "2", "--html", out or str(tmp_path))
+@pytest.mark.parametrize("out", ["/dev/full", "/proc/page.html"])
+def test_what_the_system_says_of_a_file_is_one_line_and_exit_code_2(out: str, small: str) -> None:
+    code, output = run("report", small, "--tp", "2", "--html", out)
     assert code == 2
-    assert f"error: {f'{tmp_path}: ' if not out else ''}{said}" in output
-    assert "Traceback" not in output
+    assert output.startswith("error: " if out == "/dev/full" else f"error: {out}: ")
+    assert output.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["export", "-o"], ["report", "--html"]])
+def test_a_place_that_is_taken_is_told_before_anything_is_compiled(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, small: str, tmp_path: Path
+) -> None:
+    def compiled(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(Compile, "compile", compiled)
+    name, option = command
+    code, output = run(name, small, option, str(tmp_path))
+    assert code == 2
+    assert {"export": "exists and is not an empty folder", "report": "this is a folder"}[name] in output
 
 
 def test_a_fault_of_ours_is_not_taken_for_the_systems(monkeypatch: pytest.MonkeyPatch, small: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import partitioner
+from partitioner.cli import serve
 from partitioner.cli.app import app
 from partitioner.serving.http.keys import API_KEY
 from partitioner.serving.http.server import bound
@@ -31,6 +32,9 @@ def test_what_cannot_be_served_is_said_at_once(tmp_path: Path, monkeypatch: pyte
     assert "--max-context must be at least 2" in said("serve", "--max-context", "0")
     for grace in ("-1", "nan"):
         assert "--grace must be a number of seconds" in said("serve", "--grace", grace)
+    monkeypatch.setattr(serve, "launch", None)
+    for option, wrong in (("--request-timeout", "nan"), ("--max-requests", "0"), ("--max-body", "-1")):
+        assert " must be " in said("serve", option, wrong)
     monkeypatch.setenv(API_KEY, "short")
     assert "at least 8" in said("serve")
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from partitioner.errors import BundleError
 
-__all__ = ["NAME", "Folder", "digest_of", "read_within", "writing"]
+__all__ = ["NAME", "Folder", "digest_of", "read_within", "require_free", "writing"]
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,120}(/[A-Za-z0-9_][A-Za-z0-9_.\-]{0,120}){0,3}")
 LARGEST_TEXT = 2**30
@@ -31,13 +31,25 @@ def digest_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def require_free(target: Path) -> None:
+    """Raises BundleError where no folder can be written."""
+    try:
+        is_taken = target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir())))
+        above = next(folder for folder in target.absolute().parents if folder.exists())
+    except OSError as error:
+        raise BundleError(f"cannot write the bundle {target}: {error.strerror}") from error
+    if is_taken:
+        raise BundleError(f"{target} exists and is not an empty folder: name another one, or remove it first")
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise BundleError(f"cannot write the bundle {target}: {above} is no folder that may be written to")
+
+
 @contextlib.contextmanager
 def writing(target: Path) -> Iterator[Path]:
     """A folder to write to, which becomes `target` when all has gone well, and vanishes when not."""
     partial = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
-        if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-            raise BundleError(f"{target} exists and is not an empty folder: name another one, or remove it first")
+        require_free(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
         yield partial
