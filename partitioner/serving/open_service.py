@@ -17,6 +17,7 @@ from partitioner.serving.grammar.vocabulary import vocabulary_of
 from partitioner.serving.http.keys import Keys
 from partitioner.serving.http.limits import Limits
 from partitioner.serving.http.service import Service
+from partitioner.serving.text.chat_template import TemplateFailed, render
 from partitioner.serving.text.tokenizer import context_length, load_tokenizer
 from runtime.launching.launched import Launched
 
@@ -39,7 +40,20 @@ def read_tokenizer(model: str, chat_template: str | None) -> tuple[Any, list[str
         notes.append(
             "the tokenizer has no chat template, so /v1/chat/completions is refused: give --chat-template FILE"
         )
+    elif why := _fault(tokenizer):
+        if chat_template is not None and why.startswith("TemplateSyntaxError"):
+            raise InputError(f"the chat template {chat_template!r} is none of jinja: {why}")
+        notes.append(f"the chat template refuses a message of a user, and so will /v1/chat/completions: {why}")
     return tokenizer, notes
+
+
+def _fault(tokenizer: Any) -> str:
+    """Why the chat template takes no message at all; "": it does."""
+    try:
+        render(tokenizer, [{"role": "user", "content": "a"}])
+    except TemplateFailed as error:
+        return str(error)
+    return ""
 
 
 def read_vocabulary(tokenizer: Any) -> tuple[str | None, str]:

@@ -12,6 +12,8 @@ from partitioner.cli import serve
 from partitioner.cli.app import app
 from partitioner.serving.http.keys import API_KEY
 from partitioner.serving.http.server import bound
+from partitioner.serving.open_service import read_tokenizer
+from partitioner.storage.example import EXAMPLE_MODEL
 
 
 def said(*arguments: str) -> str:
@@ -24,6 +26,9 @@ def test_what_cannot_be_served_is_said_at_once(tmp_path: Path, monkeypatch: pyte
     assert "is not a folder" in said("serve", str(tmp_path / "none"))
     assert "cannot be read" in said("serve", "--api-key-file", str(tmp_path / "none"))
     assert "chat template" in said("serve", "--chat-template", str(tmp_path / "none"))
+    (tmp_path / "broken.jinja").write_text("{% for message in messages %}{{ message.content ")
+    broken = " ".join(said("serve", "--chat-template", str(tmp_path / "broken.jinja")).split())
+    assert "broken.jinja' is none of jinja: TemplateSyntaxError: " in broken
     with bound("127.0.0.1", 0) as taken:
         assert "cannot listen on 127.0.0.1" in said("serve", "--port", str(taken.getsockname()[1]))
     for port in ("-1", "65536"):
@@ -37,6 +42,22 @@ def test_what_cannot_be_served_is_said_at_once(tmp_path: Path, monkeypatch: pyte
         assert " must be " in said("serve", option, wrong)
     monkeypatch.setenv(API_KEY, "short")
     assert "at least 8" in said("serve")
+
+
+def test_a_template_that_takes_no_message_is_noted(tmp_path: Path) -> None:
+    """It may be for others; and completions need none."""
+    for text, noted in (("{{ raise_exception('no users') }}", True), ("{{ messages[0].content }}", False)):
+        (tmp_path / "template.jinja").write_text(text)
+        tokenizer, notes = read_tokenizer(str(EXAMPLE_MODEL), str(tmp_path / "template.jinja"))
+        assert tokenizer.chat_template == text
+        assert (
+            notes
+            == [
+                "the chat template refuses a message of a user, and so will /v1/chat/completions: "
+                "TemplateError: no users"
+            ]
+            * noted
+        )
 
 
 def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
