@@ -41,6 +41,8 @@ from runtime.weights.safetensors_files import INDEX, SINGLE, TensorFiles
 
 __all__ = ["Checkpoint", "can_open", "open_checkpoint"]
 
+_CODES = (".qweight", ".weight_packed", "_blocks")
+"""Ends of the names that quantised weights have."""
 _NAMED = 5
 """How many names an error lists."""
 
@@ -77,7 +79,7 @@ def open_checkpoint(folder: str | Path, *, dtype: torch.dtype | None = None, map
         quantized.turned |= turned
         model, info = _load(model_class, config, _recording_tensors(files, quantized), dtype or "auto")
     _require_turned(path, model, quantized)
-    _require_complete(path, model, info, files.entries)
+    _require_complete(path, model, info, files.entries, quantized)
     _require_numbers(path, model)
     moved, computed, cast = _take_recording_tensors(model)
     if model.can_generate() and (path / "generation_config.json").exists():
@@ -249,7 +251,9 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _require_complete(path: Path, model: PreTrainedModel, info: Any, stored: Collection[str]) -> None:
+def _require_complete(
+    path: Path, model: PreTrainedModel, info: Any, stored: Collection[str], quantized: Quantized
+) -> None:
     name = type(model).__name__
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if info["mismatched_keys"]:
@@ -258,9 +262,16 @@ def _require_complete(path: Path, model: PreTrainedModel, info: Any, stored: Col
     if missing:
         near = {key: difflib.get_close_matches(key, unexpected or stored, n=1) for key in missing[:_NAMED]}
         said = [f"{key!r}" + (f" (near it: {found[0]!r})" if found else "") for key, found in near.items()]
+        codes = next((each for each in unexpected if each.endswith(_CODES) and each not in quantized.used), None)
         raise WeightError(
-            f"{path} lacks {len(missing)} weights of {name}: {', '.join(said)}{_more(missing)}; transformers would "
-            "draw them at random: complete the checkpoint, or name the class it was saved from in 'architectures'"
+            f"{path} lacks {len(missing)} weights of {name}: {', '.join(said)}{_more(missing)}; "
+            + (
+                "transformers would draw them at random: complete the checkpoint, or name the class it was saved from "
+                "in 'architectures'"
+                if codes is None
+                else f"{codes!r} looks like codes of a quantised weight, which the quantization_config of config.json "
+                "does not explain: add it as it was released"
+            )
         )
 
 

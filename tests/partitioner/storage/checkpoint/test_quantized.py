@@ -492,6 +492,21 @@ def test_codes_that_no_configuration_names_are_refused(tmp_path: Path, kind: tor
         open_checkpoint(folder)
 
 
+@pytest.mark.parametrize(("form", "codes"), [("gptq", "qweight"), ("packed", "weight_packed")])
+@pytest.mark.parametrize("config", [None, {"quant_method": "fp8"}])
+def test_words_that_no_configuration_explains_are_named(
+    tmp_path: Path, form: str, codes: str, config: dict[str, Any] | None
+) -> None:
+    """They were told as weights that are missing, to be completed."""
+    folder = quantised("llama", form)[0]
+    for file in (*folder.glob("*.json"), *folder.glob("*.safetensors")):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    fields = json.loads((folder / "config.json").read_text()) | {"quantization_config": config}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(WeightError, match=rf"lacks 14 weights .*_proj.{codes}' looks like codes of a quantised weight"):
+        open_checkpoint(tmp_path)
+
+
 def test_layers_that_predict_further_tokens_are_left_out_and_told(tmp_path: Path) -> None:
     folder = quantised("deepseek_v3", "fp8")[0]
     tensors = stored(folder)
