@@ -174,6 +174,7 @@ class BatchLoop:
             "waiting": self.scheduler.waiting,
             "tokens_cached": 0 if self._places.tokens is None else self.scheduler.tokens_cached,
             "tokens_that_fit": None if self._places.tokens is None else self._parts * self._places.tokens,
+            "longest_that_fits": None if self._places.tokens is None else self._places.limits.room + 1,
             **vars(self.scheduler.counts),
             "prefixes_kept": not self._places.why_not_kept,
             "why_not_kept": self._places.why_not_kept,

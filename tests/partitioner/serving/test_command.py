@@ -3,6 +3,7 @@
 import ast
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -10,10 +11,13 @@ from typer.testing import CliRunner
 import partitioner
 from partitioner.cli import serve
 from partitioner.cli.app import app
+from partitioner.errors import InputError
+from partitioner.serving import open_service
 from partitioner.serving.http.keys import API_KEY
 from partitioner.serving.http.server import bound
 from partitioner.serving.open_service import read_tokenizer
 from partitioner.storage.example import EXAMPLE_MODEL
+from runtime.launching.status import ReplicaStatus, ServingStatus
 
 
 def said(*arguments: str) -> str:
@@ -58,6 +62,18 @@ def test_a_template_that_takes_no_message_is_noted(tmp_path: Path) -> None:
             ]
             * noted
         )
+
+
+def test_texts_are_as_long_as_the_smallest_cache_has_room_for() -> None:
+    class Told:
+        def status(self) -> ServingStatus:
+            return ServingStatus((ReplicaStatus(longest_that_fits=161), ReplicaStatus(longest_that_fits=None)))
+
+    llm: Any = Told()
+    assert open_service._that_fits(512, llm, is_asked=False) == 161
+    assert open_service._that_fits(100, llm, is_asked=True) == 100
+    with pytest.raises(InputError, match="--max-context 162 does not fit: the cache of a rank has room for 161 tokens"):
+        open_service._that_fits(162, llm, is_asked=True)
 
 
 def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
