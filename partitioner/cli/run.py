@@ -25,12 +25,12 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from partitioner.cli.common.options import Job
+from partitioner.cli.common.prompt_ids import prompt_ids
 from partitioner.compile.parts import Parts
 from partitioner.errors import InputError
 from partitioner.program.plan import Plan
 from partitioner.program.ranks import Ranks
 from partitioner.serving.launch import launch as launch_replicas
-from partitioner.serving.text.chat_template import TemplateFailed, render
 from partitioner.serving.text.stream import Text, TextStream
 from partitioner.serving.text.tokenizer import load_tokenizer
 from partitioner.storage.bundle.bundle import load
@@ -50,9 +50,6 @@ from runtime.processes.launch import begin_worker, launch
 from runtime.processes.place import Place
 
 __all__ = ["Question", "answer", "answer_alone", "answer_here", "run_in_processes", "run_on_replicas"]
-
-_TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
-"""Where a chat template may stand, in the order in which transformers looks."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +102,12 @@ class Question(Job):
                 f"{self.model!r} is not a folder: give a checkpoint folder with its tokenizer, or a bundle"
                 + hub_hint(self.model)
             )
-        if not is_bundle(self.model) and not Path(self.model, "config.json").is_file():
+        is_checkpoint = not is_bundle(self.model)
+        if is_checkpoint and not Path(self.model, "config.json").is_file():
             raise InputError(f"{self.model} is a folder, but no checkpoint: it has no config.json")
-        if not is_bundle(self.model) and self.checkpoint is not None:
+        if is_checkpoint and self.checkpoint is not None:
             raise InputError(f"--checkpoint is for a bundle that refers to one; {self.model!r} is not a bundle")
-        if not is_bundle(self.model) and not self.checked:
+        if is_checkpoint and not self.checked:
             raise InputError(f"--unchecked is for a bundle, which has digests; {self.model!r} is not a bundle")
 
     def ranks(self) -> Ranks:
@@ -220,20 +218,16 @@ def answer_alone(question: Question, *, timeout_s: float) -> None:
     """The only rank, in this process."""
     device = question.placed
     with _within(timeout_s):
-        _answer_on(question, device)
-
-
-def _answer_on(question: Question, device: torch.device) -> None:
-    parts, tokenizer = _load(question)
-    if device.type == "cpu" and not question.compile_steps:
-        with _profiled(question, parts, writes=True):
-            _write(question, tokenizer, parts, sys.stdout)
-        return
-    started = time.perf_counter()
-    steps = _steps(question, parts, device, 0)
-    with parts.engine(0, ThreadGroup(parts.mesh).communicator(0), device=device, **steps) as engine:
-        _say(f"weights loaded in {time.perf_counter() - started:.1f} s")
-        _answer_by(question, tokenizer, engine, steps)
+        parts, tokenizer = _load(question)
+        if device.type == "cpu" and not question.compile_steps:
+            with _profiled(question, parts, writes=True):
+                _write(question, tokenizer, parts, sys.stdout)
+            return
+        started = time.perf_counter()
+        steps = _steps(question, parts, device, 0)
+        with parts.engine(0, ThreadGroup(parts.mesh).communicator(0), device=device, **steps) as engine:
+            _say(f"weights loaded in {time.perf_counter() - started:.1f} s")
+            _answer_by(question, tokenizer, engine, steps)
 
 
 def answer_here(question: Question, *, timeout_s: float) -> None:
@@ -322,12 +316,12 @@ def _tokenizer(question: Question) -> Any:
             "chat_template.jinja into the folder"
         )
     for prompt in question.prompts:  # one that has no tokens is told before anything is compiled
-        _ids(question, tokenizer, prompt)
+        prompt_ids(tokenizer, prompt, folder=question.model, chat=question.chat)
     return tokenizer
 
 
 def _write(question: Question, tokenizer: Any, engine: Engine | Ranks | Launched, out: TextIO | None) -> None:
-    prompts = [_ids(question, tokenizer, prompt) for prompt in question.prompts]
+    prompts = [prompt_ids(tokenizer, prompt, folder=question.model, chat=question.chat) for prompt in question.prompts]
     at_a_time = min(len(prompts), question.max_batch or len(prompts))
     _reserve(question, engine, longest=max(map(len, prompts)), max_batch=at_a_time)
     options = {**question.options, "tokenizer": tokenizer}  # for stop strings, the model's own as well
@@ -375,30 +369,6 @@ def _reserve(question: Question, engine: Engine | Ranks | Launched, *, longest: 
         max_batch=max_batch, max_length=longest + new - 1, memory=question.cache_memory, dtype=question.cache_dtype
     )
     _say(f"cache: {engine.reserve(size)}")
-
-
-def _ids(question: Question, tokenizer: Any, prompt: str) -> list[int]:
-    if not question.chat:
-        ids = list(tokenizer(prompt)["input_ids"])
-        if not ids:
-            raise InputError(
-                f"the tokenizer of {question.model!r} makes no tokens of the prompt {prompt!r}: "
-                + ("give a text" if not prompt else "there may be none in the folder (tokenizer.json, for one)")
-            )
-        return ids
-    try:
-        text = render(tokenizer, [{"role": "user", "content": prompt}])
-    except TemplateFailed as error:
-        raise InputError(f"the chat template of {question.model!r} refuses {prompt!r}: {error}") from error
-    # the template has written the special tokens
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if not ids:
-        file = next((name for name in _TEMPLATES if Path(question.model, name).is_file()), "the tokenizer's files")
-        raise InputError(
-            f"the chat template of {question.model!r} (in {file}) makes no text of the prompt {prompt!r}: it must "
-            "write the messages it is given; leave --chat out to continue the prompt as it is"
-        )
-    return ids
 
 
 def _say(line: str) -> None:
