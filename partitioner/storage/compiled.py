@@ -106,13 +106,22 @@ def keep(key: str, save: Callable[[Path], None]) -> bool:
                 os.rename(made, home / key)
             for old in sorted(home.iterdir(), key=lambda each: -each.stat().st_mtime)[KEPT:]:
                 shutil.rmtree(old, ignore_errors=True)
-    except (PartitionerError, NotOurs, OSError) as error:  # another process may have been quicker
-        _log.info("the compiled program is not kept: %s", error)
-        return (home / key / MANIFEST).is_file()
+    except (PartitionerError, NotOurs, OSError) as error:
+        if _is_kept(home / key):  # another process was quicker
+            return True
+        _log.warning("the compiled program is not kept, so the next start compiles again: %s", error)
+        return False
     finally:
         for left in (made, unusable):
             shutil.rmtree(left, ignore_errors=True)
     return True
+
+
+def _is_kept(folder: Path) -> bool:
+    try:
+        return (folder / MANIFEST).is_file()
+    except OSError:  # it may not even be looked at
+        return False
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

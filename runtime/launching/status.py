@@ -28,6 +28,8 @@ class ReplicaStatus:
     """Tokens in the cache, of running rows and of prefixes that are kept; what several rows share counts once."""
     tokens_that_fit: int | None = None
     """How many tokens the cache has room for; None: any number, or no request has come yet."""
+    longest_that_fits: int | None = None
+    """Tokens of the longest text, prompt and new ones, that the cache has room for; None as above."""
     prefix_hits: int = 0
     """Prompt tokens that were not run, because the cache had them from another row."""
     prefill_tokens: int = 0

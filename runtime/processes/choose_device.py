@@ -1,7 +1,7 @@
 """Where ranks run, as a user says it: "auto", "cpu", "cuda", or a torch device.
 
 choose_device("auto", num_ranks=2)    "cuda" where this host has a GPU for each of its ranks, "cpu" otherwise
-choose_device("cuda", num_ranks=2)    InputError where it has not
+choose_device("cuda", num_ranks=2)    InputError where it has not; so of any other device that cannot be used here
 """
 
 from __future__ import annotations
@@ -27,9 +27,24 @@ def choose_device(wanted: str | torch.device, *, num_ranks: int) -> torch.device
         device = torch.device(wanted)
     except RuntimeError:
         raise InputError(f"the device must be auto, cpu or cuda, or one that torch knows; got {wanted!r}") from None
+    if device.type not in ("cpu", "cuda") and isinstance(wanted, str):
+        _require(device)
+    if device.index is not None and device.type == "cuda" and device.index >= count:
+        has = f"GPUs 0 to {count - 1}" if count else "no GPU that torch can use"
+        raise InputError(f'the device is "{device}", and this machine has {has}: use "auto" or "cpu"')
     if device == torch.device("cuda") and count < num_ranks:
         has = "no GPU that torch can use" if count == 0 else f"{count} of them"
         raise InputError(
             f'"cuda" needs a GPU for each of {num_ranks} ranks; this machine has {has}: use "auto" or "cpu"'
         )
     return device
+
+
+def _require(device: torch.device) -> None:
+    try:
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:  # each kind of device says it in its own way
+        why = " ".join(str(error).split())[:200]
+        raise InputError(f'the device is "{device}", which this torch cannot use: {why}; use "auto" or "cpu"') from None

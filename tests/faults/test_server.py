@@ -206,6 +206,29 @@ def test_the_end_under_load(grace: str, tmp_path: Path) -> None:
     assert bool(ended) == (grace == "0.5")
 
 
+def test_a_cache_that_is_smaller_than_the_context_bounds_what_is_asked(tmp_path: Path) -> None:
+    """A chat without max_tokens was refused, since what is left of the context did not fit."""
+
+    async def asked(client: openai.AsyncOpenAI) -> tuple[str, str | None]:
+        chat = await client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "Return"}],
+            temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+        assert chat.usage is not None
+        assert chat.usage.total_tokens == longest
+        with pytest.raises(openai.BadRequestError) as raised:
+            await client.completions.create(model=MODEL, prompt=[5] * longest, max_tokens=1)
+        return chat.choices[0].finish_reason, raised.value.code
+
+    with served(tmp_path, ["--cache-memory", "200 KB", "--max-batch", "2"]) as server:
+        longest = int(server.log.read_text().rsplit("texts of up to ", 1)[1].split()[0])
+        assert 2 < longest < 512
+        assert run(server, asked) == ("length", "context_length_exceeded")
+        assert server.end() == 0
+
+
 def test_clients_that_are_cut_off_leave_nothing(tmp_path: Path) -> None:
     async def rude(client: openai.AsyncOpenAI) -> None:
         for number in range(8):

@@ -70,7 +70,10 @@ def page_of(
 
 
 def write_page(page: dict[str, Any], out: str) -> None:
-    Path(out).write_text(render(page, version=__version__), encoding="utf-8")
+    try:
+        Path(out).write_text(render(page, version=__version__), encoding="utf-8")
+    except OSError as error:  # which does not name the file where the disk is full
+        raise InputError(f"cannot write the page {out}: {error.strerror}") from error
 
 
 def require_room(cluster: Cluster, mesh: Mesh) -> None:

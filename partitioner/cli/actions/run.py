@@ -19,18 +19,17 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TextIO, TypedDict
 
 import torch
 from transformers.utils import logging as transformers_logging
 
+from partitioner.cli.common.prompt_ids import prompt_ids
 from partitioner.cli.jobs.run import Question
 from partitioner.compile.parts import Parts
 from partitioner.errors import InputError
 from partitioner.program.ranks import Ranks
 from partitioner.serving.launch import launch as launch_replicas
-from partitioner.serving.text.chat_template import TemplateFailed, render
 from partitioner.serving.text.stream import Text, TextStream
 from partitioner.serving.text.tokenizer import load_tokenizer
 from partitioner.storage.dtypes import dtype_asked
@@ -49,18 +48,17 @@ from runtime.processes.place import Place, is_rank
 
 __all__ = ["answer", "run"]
 
-_TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
-"""Where a chat template may stand, in the order in which transformers looks."""
-
 
 def run(question: Question, *, simulate: bool, timeout_s: float) -> None:
-    """simulate: all ranks in this process. timeout_s: of processes that are started."""
+    """simulate: all ranks in this process. timeout_s: after which it ends, with all processes that it has started."""
     if is_rank():
         answer(question)
     elif simulate:
-        answer_here(question)
+        with _within(timeout_s):
+            answer_here(question)
     elif question.num_ranks == 1:
-        answer_alone(question)
+        with _within(timeout_s):
+            answer_alone(question)
     elif question.replicated.replicas > 1:
         run_on_replicas(question, timeout_s=timeout_s)
     else:
@@ -248,7 +246,8 @@ def _texts(question: Question) -> Texts:
             f"the tokenizer of {question.model!r} has no chat template: leave --chat out, or put the model's "
             "chat_template.jinja into the folder"
         )
-    return Texts(tokenizer, [_ids(question, tokenizer, prompt) for prompt in question.prompts])
+    prompts = [prompt_ids(tokenizer, prompt, folder=question.model, chat=question.chat) for prompt in question.prompts]
+    return Texts(tokenizer, prompts)
 
 
 def _write(question: Question, texts: Texts, engine: Engine | Ranks | Launched, out: TextIO | None) -> None:
@@ -300,30 +299,6 @@ def _reserve(question: Question, engine: Engine | Ranks | Launched, *, longest: 
         max_batch=max_batch, max_length=longest + new - 1, memory=question.cache_memory, dtype=question.cache_dtype
     )
     _say(f"cache: {engine.reserve(size)}")
-
-
-def _ids(question: Question, tokenizer: Any, prompt: str) -> list[int]:
-    if not question.chat:
-        ids = list(tokenizer(prompt)["input_ids"])
-        if not ids:
-            raise InputError(
-                f"the tokenizer of {question.model!r} makes no tokens of the prompt {prompt!r}: "
-                + ("give a text" if not prompt else "there may be none in the folder (tokenizer.json, for one)")
-            )
-        return ids
-    try:
-        text = render(tokenizer, [{"role": "user", "content": prompt}])
-    except TemplateFailed as error:
-        raise InputError(f"the chat template of {question.model!r} refuses {prompt!r}: {error}") from error
-    # the template has written the special tokens
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if not ids:
-        file = next((name for name in _TEMPLATES if Path(question.model, name).is_file()), "the tokenizer's files")
-        raise InputError(
-            f"the chat template of {question.model!r} (in {file}) makes no text of the prompt {prompt!r}: it must "
-            "write the messages it is given; leave --chat out to continue the prompt as it is"
-        )
-    return ids
 
 
 def _say(line: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
@@ -26,10 +27,17 @@ def serve(serving: Serving) -> None:
     """Until a signal ends it."""
     try:
         from partitioner.serving.http.keys import Keys
+        from partitioner.serving.http.limits import Limits
         from partitioner.serving.http.server import bound, serve_on
         from partitioner.serving.open_service import open_service, read_tokenizer, read_vocabulary
     except ModuleNotFoundError as error:
         raise InputError(f"a server needs {error.name}: pip install 'partitioner[serve]'") from error
+    limits: dict[str, Any] = {
+        "max_requests": serving.max_requests,
+        "max_body_bytes": serving.max_body,
+        "request_s": serving.request_timeout_s,
+    }
+    Limits(max_length=serving.max_context or 2, **limits)  # here once, rather than when all ranks have loaded
     model, plan = serving.model, serving.compile.plan_of(serving.model)
     placed = choose_device(serving.device, num_ranks=plan.mesh.world_size)
     keys = Keys.found(serving.api_key_file)
@@ -71,11 +79,7 @@ def serve(serving: Serving) -> None:
             tokenizer,
             vocabulary=vocabulary,
             why_not=why_not,
-            limits={
-                "max_requests": serving.max_requests,
-                "max_body_bytes": serving.max_body,
-                "request_s": serving.request_timeout_s,
-            },
+            limits=limits,
             max_context=serving.max_context,
             name=serving.name,
             keys=keys,

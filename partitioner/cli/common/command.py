@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -78,3 +79,10 @@ def _errors() -> Iterator[None]:
         line = " ".join(str(error).split("\n"))
         Console(stderr=True).print(f"error: {line}{hint}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1 if isinstance(error, CommunicationError) else 2) from None
+    except OSError as error:
+        if error.errno in (None, errno.EPIPE):  # ours, or whoever read what is printed has gone
+            raise
+        # what the system says of a file or the network: no room, no permission, no such place
+        where = f"{error.filename}: " if error.filename else ""
+        Console(stderr=True).print(f"error: {where}{error.strerror}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None

@@ -71,14 +71,17 @@ class Question(Job):
                 prompt.encode()
             except UnicodeEncodeError as error:
                 raise InputError(f"the prompt {prompt!r} is not valid text: {error.reason}") from None
-        if not Path(self.model).is_dir():
+        if not self.model or not Path(self.model).is_dir():
             raise InputError(
                 f"{self.model!r} is not a folder: give a checkpoint folder with its tokenizer, or a bundle"
                 + hub_hint(self.model)
             )
-        if not is_bundle(self.model) and self.checkpoint is not None:
+        is_checkpoint = not is_bundle(self.model)
+        if is_checkpoint and not Path(self.model, "config.json").is_file():
+            raise InputError(f"{self.model} is a folder, but no checkpoint: it has no config.json")
+        if is_checkpoint and self.checkpoint is not None:
             raise InputError(f"--checkpoint is for a bundle that refers to one; {self.model!r} is not a bundle")
-        if not is_bundle(self.model) and not self.checked:
+        if is_checkpoint and not self.checked:
             raise InputError(f"--unchecked is for a bundle, which has digests; {self.model!r} is not a bundle")
 
     def require_right(self) -> None:

@@ -60,7 +60,7 @@ class Serving:
         require_dtype(self.cache_dtype)
         if self.cache_memory is not None:
             Amount.of(self.cache_memory)
-        if not Path(self.model).is_dir():
+        if not self.model or not Path(self.model).is_dir():
             raise InputError(
                 f"{self.model!r} is not a folder: give a checkpoint folder with its tokenizer, or a bundle"
                 + hub_hint(self.model)

@@ -11,10 +11,13 @@ likes.
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from partitioner.serving.openai.errors import invalid
 
 __all__ = ["Connection"]
 
@@ -38,6 +41,19 @@ class Connection(H11Protocol):
             self._head_timer = _cancel(self._head_timer)
         elif self._head_timer is None:
             self._head_timer = self.loop.call_later(self._head_s, self.transport.abort)
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP never comes to the application, and is told of in its form all the same."""
+        body = json.dumps(invalid(msg).body).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        for event in (h11.Response(status_code=400, headers=headers, reason=b"Bad Request"), h11.Data(data=body)):
+            self.transport.write(self.conn.send(event))
+        self.transport.write(self.conn.send(h11.EndOfMessage()))
+        self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from partitioner.errors import CaptureError, PartitionerError, WeightError
@@ -30,10 +31,13 @@ from partitioner.storage.checkpoint.weight_origins import Origins
 from partitioner.storage.hub import hub_hint
 from partitioner.storage.json_fields import read_fields
 from partitioner.storage.named_model import class_notes, class_of, load_config, without_grouped_mm
+from runtime.weights.quantized.formats import FORMATS
 from runtime.weights.safetensors_files import INDEX, SINGLE, TensorFiles
 
 __all__ = ["Checkpoint", "can_open", "open_checkpoint"]
 
+_CODES = (".qweight", ".weight_packed", "_blocks")
+"""Ends of the names that quantised weights have."""
 _NAMED = 5
 """How many names an error lists."""
 
@@ -66,7 +70,11 @@ def open_checkpoint(folder: str | Path, *, dtype: torch.dtype | None = None, map
     stored = _recording_tensors(files, quantized)
     _require_few_layers(path, config, len(stored))
     model, info = _load(model_class, config, stored, dtype or "auto")
-    _require_complete(path, model, info, files.entries)
+    if turned := _inputs_first(model, quantized):
+        quantized.turned |= turned
+        model, info = _load(model_class, config, _recording_tensors(files, quantized), dtype or "auto")
+    _require_turned(path, model, quantized)
+    _require_complete(path, model, info, files.entries, quantized)
     _require_numbers(path, model)
     moved, computed, cast = _take_recording_tensors(model)
     if model.can_generate() and (path / "generation_config.json").exists():
@@ -104,6 +112,30 @@ def _recording_tensors(files: TensorFiles, quantized: Quantized) -> dict[str, Re
         numbers = RecordingTensor.of(name, packed.shape, packed.computed_in, same)
         stored[name] = numbers.transpose(-1, -2) if name in quantized.turned else numbers  # type: ignore[assignment]
     return stored
+
+
+def _inputs_first(model: PreTrainedModel, quantized: Quantized) -> set[str]:
+    """Names of weights that the model has with inputs before outputs. Tools that pack linears turn these first."""
+    owners = [path for path, module in model.named_modules() if isinstance(module, Conv1D)]
+    names = [name for name, packed in quantized.packed.items() if FORMATS[packed.format].turned] if owners else []
+    # a base model may be stored without its prefix, or be loaded from a model that has one
+    ends = {name: "." + name.removesuffix(".weight") for name in names}
+    return {
+        name for name, end in ends.items() if any(f".{own}".endswith(end) or end.endswith(f".{own}") for own in owners)
+    }
+
+
+def _require_turned(path: Path, model: PreTrainedModel, quantized: Quantized) -> None:
+    """A square one fits either way."""
+    for own, module in model.named_modules():
+        weight = module.weight if isinstance(module, Conv1D) else None
+        if isinstance(weight, RecordingTensor) and not weight.computed:
+            for name in {window.tensor for window in weight.moved.windows} - quantized.turned:
+                if name in quantized.packed and FORMATS[quantized.packed[name].format].turned:
+                    raise WeightError(
+                        f"{path}: {name!r} holds outputs before inputs, and {own!r} of {type(model).__name__}, which "
+                        "is loaded from it, the other way round: dequantise the model and save that"
+                    )
 
 
 def _plain_dtype(files: TensorFiles) -> torch.dtype | None:
@@ -214,7 +246,9 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _require_complete(path: Path, model: PreTrainedModel, info: Any, stored: Collection[str]) -> None:
+def _require_complete(
+    path: Path, model: PreTrainedModel, info: Any, stored: Collection[str], quantized: Quantized
+) -> None:
     name = type(model).__name__
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if info["mismatched_keys"]:
@@ -223,9 +257,16 @@ def _require_complete(path: Path, model: PreTrainedModel, info: Any, stored: Col
     if missing:
         near = {key: difflib.get_close_matches(key, unexpected or stored, n=1) for key in missing[:_NAMED]}
         said = [f"{key!r}" + (f" (near it: {found[0]!r})" if found else "") for key, found in near.items()]
+        codes = next((each for each in unexpected if each.endswith(_CODES) and each not in quantized.used), None)
         raise WeightError(
-            f"{path} lacks {len(missing)} weights of {name}: {', '.join(said)}{_more(missing)}; transformers would "
-            "draw them at random: complete the checkpoint, or name the class it was saved from in 'architectures'"
+            f"{path} lacks {len(missing)} weights of {name}: {', '.join(said)}{_more(missing)}; "
+            + (
+                "transformers would draw them at random: complete the checkpoint, or name the class it was saved from "
+                "in 'architectures'"
+                if codes is None
+                else f"{codes!r} looks like codes of a quantised weight, which the quantization_config of config.json "
+                "does not explain: add it as it was released"
+            )
         )
 
 

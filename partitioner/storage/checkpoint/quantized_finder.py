@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -92,7 +93,8 @@ class Finder:
             )
 
     def one_of(self, name: str, default: str, known: tuple[str, ...]) -> str:
-        value = self.fields.get(name, default)
+        value = self.fields.get(name)
+        value = default if value is None else value.lower() if isinstance(value, str) else value
         if value not in known:
             raise CaptureError(
                 f"{self.where}: quantization_config has {name}={str(value)[:100]!r}; those that can be read by parts: "
@@ -134,23 +136,55 @@ class Finder:
         return value[0], value[1]
 
     def scaled(
-        self, name: str, scales: str, blocks: Sequence[tuple[int, int]], computed_in: torch.dtype | None
+        self,
+        name: str,
+        scales: str,
+        blocks: Sequence[tuple[int, int]],
+        computed_in: torch.dtype | None,
+        *,
+        is_complete: bool = False,
     ) -> None:
-        """Codes of a byte each, and a grid of scales. blocks: those that the configuration has. `computed_in`: None for
-        the dtype of the scales.
+        """Codes of a byte each, and a grid of scales. blocks: those that the configuration has, 0 for the whole dim;
+        is_complete: there are no others. `computed_in`: None for the dtype of the scales.
         """
         codes, scale = self.get(name, name), self.get(scales, name)
         self.require(
             codes.dtype in (*FLOAT8, torch.int8) and len(codes.shape) >= 2, codes, "a matrix of float8 or int8"
         )
         self.require(scale.dtype in (*SCALES, *EXPONENTS), scale, "scales of 16 bits, 32 bits or powers of two")
-        found = _block(codes.shape, scale.shape, blocks)
+        found = _block(codes.shape, scale.shape, blocks, is_complete=is_complete)
         if found is None:
-            each = f"block of {' or '.join(map(str, blocks))}" if blocks else "row"
+            sizes = codes.shape[-2:]
+            named = sorted({str(tuple(n or size for n, size in zip(block, sizes, strict=True))) for block in blocks})
+            each = f"block of {' or '.join(named)}" if blocks else "row"
             self.require(False, scale, f"one scale for each {each} of {name!r}, {said(codes)}")
         assert found is not None
         inside = scale.dtype if computed_in is None and scale.dtype in SCALES else torch.float32
         self.found.add(Packed(name, "fp8", codes.shape, {"codes": name, "scales": scales}, found, inside))
+
+    def ordered(self, packed: Packed, groups: str, *, is_needed: bool, least: int = 0) -> Packed:
+        """With the group of each column, if a part tells it and it is another than that of its place. is_needed:
+        whether that part must be there. least: the smallest group; below 0 stands for that of the place.
+        """
+        if groups not in self.files.entries and not is_needed:
+            return packed
+        entry = self.get(groups, packed.name)
+        cols, size, most = packed.shape[-1], packed.block[1], packed.grid[-1]
+        self.require(
+            entry.dtype in (torch.int32, torch.int64) and entry.shape == (cols,),
+            entry,
+            f"int32 {[cols]}, a group per column",
+        )
+        self.found.used.add(groups)
+        given, places = self.numbers(entry), torch.arange(cols) // size
+        self.require(
+            least <= int(given.min()) <= int(given.max()) < most,
+            entry,
+            f"groups from 0 to {most - 1}, got {given.min()} to {given.max()}",
+        )
+        if int(given.min()) < 0 or torch.equal(given, places):
+            return packed
+        return dataclasses.replace(packed, groups=given)
 
     def unused(self, *suffixes: str) -> None:
         """Scales of activations: of no use where these are not quantised."""
@@ -165,25 +199,30 @@ def said(entry: Entry) -> str:
 
 
 def _block(
-    shape: tuple[int, ...], scales: tuple[int, ...], blocks: Sequence[tuple[int, int]]
+    shape: tuple[int, ...], scales: tuple[int, ...], blocks: Sequence[tuple[int, int]], *, is_complete: bool
 ) -> tuple[int, int] | None:
     """The rows and columns that one scale is for; None where the shapes do not fit.
 
-    A grid of a block that the configuration names is taken so, its last blocks may be cut off; another grid must
-    divide the tensor evenly. Two blocks with the same grid do not tell which is meant, unless one is even.
+    A grid of a block that the configuration names is taken so, its last blocks may be cut off. Two blocks with the same
+    grid do not tell which is meant, unless one is even. Any other grid must divide the tensor into blocks that somebody
+    may have chosen: whole rows or columns, or powers of two.
     """
     *lead, rows, cols = shape
     if 0 in shape or 0 in scales:
         return None
-    named = [each for each in blocks if tuple(scales) == (*lead, -(-rows // each[0]), -(-cols // each[1]))]
+    grid = scales
+    if math.prod(scales) == 1 and math.prod(lead) == 1 and len(scales) <= len(shape):
+        grid = (*lead, 1, 1)
+    elif scales == (*lead, rows):
+        grid = (*lead, rows, 1)
+    sizes = dict.fromkeys((min(high or rows, rows), min(wide or cols, cols)) for high, wide in blocks)
+    named = [each for each in sizes if grid == (*lead, -(-rows // each[0]), -(-cols // each[1]))]
     if len(named) == 1:
         return named[0]
     if named:
         return next((each for each in named if not (rows % each[0] or cols % each[1])), None)
-    if math.prod(scales) == 1 and math.prod(lead) == 1 and len(scales) <= len(shape):
-        return rows, cols
-    if scales == (*lead, rows):
-        return 1, cols
-    if len(scales) == len(shape) and list(scales[:-2]) == lead and rows % scales[-2] == 0 and cols % scales[-1] == 0:
-        return rows // scales[-2], cols // scales[-1]
-    return None
+    if is_complete or len(grid) != len(shape) or list(grid[:-2]) != lead or rows % grid[-2] or cols % grid[-1]:
+        return None
+    found = rows // grid[-2], cols // grid[-1]
+    is_likely = all(size in (1, whole) or size & (size - 1) == 0 for size, whole in zip(found, shape[-2:], strict=True))
+    return found if is_likely else None

@@ -46,8 +46,7 @@ __all__ = ["BatchLoop", "Told"]
 
 _log = logging.getLogger("partitioner")
 _LONG_S = 2.0
-_PROMPTS = 64, 1024
-"""Tokens: kernels for fewer than a thousand, and for more, are not the same."""
+_PROMPTS = 64, 1024  # tokens: kernels for fewer than a thousand, and for more, are not the same
 
 
 @dataclass(frozen=True)
@@ -177,17 +176,18 @@ class BatchLoop:
 
     def status(self) -> dict[str, Any]:
         """As `runtime.launching.status.ReplicaStatus` has it."""
-        if self._places is None:
+        if (places := self._places) is None:
             return {}
         return {
             "running": self.scheduler.running,
             "waiting": self.scheduler.waiting,
-            "tokens_cached": 0 if self._places.tokens is None else self.scheduler.tokens_cached,
-            "tokens_that_fit": None if self._places.tokens is None else self._parts * self._places.tokens,
+            "tokens_cached": 0 if places.tokens is None else self.scheduler.tokens_cached,
+            "tokens_that_fit": None if places.tokens is None else self._parts * places.tokens,
+            "longest_that_fits": None if places.tokens is None else places.limits.room + 1,
             **vars(self.scheduler.counts),
-            "prefixes_kept": not self._places.why_not_kept,
-            "why_not_kept": self._places.why_not_kept,
-            "why_not_packed": self._places.why_not_packed,
+            "prefixes_kept": not places.why_not_kept,
+            "why_not_kept": places.why_not_kept,
+            "why_not_packed": places.why_not_packed,
             "why_eager": self._why_eager,
             "why_chosen_behind": "" if self.in_steps is None else self.in_steps.why_behind,
         }

@@ -21,7 +21,6 @@ Where `groups` take turns (pipeline stages), `next(group)` is about one of them,
 from __future__ import annotations
 
 import itertools
-import sys
 from collections import deque
 from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Tokens
@@ -103,8 +102,7 @@ class Scheduler:
 
     def add(self, number: int, tokens: Tokens[int], *, most: int, piece: int | None = None) -> None:
         """A sequence, of which at most `most` tokens are ever run; piece: how many of its prompt at a time at most."""
-        room = min(self.limits.blocks * self.limits.block_size, self.limits.longest or sys.maxsize)
-        if most > room:
+        if most > (room := self.limits.room):
             raise InputError(
                 f"prompt and new tokens make up to {most + 1}, of which {most} are run, and the cache has room for "
                 f"{room} of one request even if there is no other: give a shorter prompt or fewer new tokens, or set a "

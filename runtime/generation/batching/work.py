@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,6 +40,11 @@ class Limits:
     shared_out: SharedOut | None = None
     """Blocks are rows that ranks share out, as long as the longest sequence."""
     groups: int = 1
+
+    @property
+    def room(self) -> int:
+        """The most tokens that are ever run of one sequence."""
+        return min(self.blocks * self.block_size, self.longest or sys.maxsize)
 
 
 class Turn(NamedTuple):

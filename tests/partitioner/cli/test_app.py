@@ -1,3 +1,4 @@
+import errno
 import functools
 import json
 from collections.abc import Callable
@@ -11,8 +12,9 @@ from torch import fx
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from partitioner.cli.actions import verify
+from partitioner.cli.actions import report, verify
 from partitioner.cli.app import app
+from partitioner.cli.jobs.compile import Compile
 from partitioner.errors import CaptureError
 from partitioner.storage import named_model
 from partitioner.storage.named_model import load_config, load_model
@@ -153,6 +155,55 @@ def test_a_wrong_question_is_one_line_and_exit_code_2(arguments: list[str], mess
     assert code == 2
     assert message in output
     assert len(output.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("out", ["/dev/full", "/proc/page.html"])
+def test_a_page_that_cannot_be_written_is_one_line_and_exit_code_2(out: str, small: str) -> None:
+    code, output = run("report", small, "--tp", "2", "--html", out)
+    assert code == 2
+    assert output.startswith(f"error: cannot write the page {out}: ")
+    assert output.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["export", "-o"], ["report", "--html"]])
+def test_a_place_that_is_taken_is_told_before_anything_is_compiled(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, small: str, tmp_path: Path
+) -> None:
+    def compiled(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(Compile, "compile", compiled)
+    name, option = command
+    code, output = run(name, small, option, str(tmp_path))
+    assert code == 2
+    assert {"export": "exists and is not an empty folder", "report": "give a file in a folder that exists"}[
+        name
+    ] in output
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a/file"), "error: /a/file: Permission denied\n"),
+        (OSError("no number says what this is"), None),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), None),
+    ],
+)
+def test_what_the_system_says_is_one_line_and_exit_code_2(
+    error: OSError, said: str | None, monkeypatch: pytest.MonkeyPatch, small: str
+) -> None:
+    """But for a fault of ours, which needs its trace, and whoever reads what is printed and has gone."""
+
+    def failing(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(report, "write_page", failing)
+    result = CliRunner().invoke(app, ["report", small, "--html", "page.html"])
+    if said is None:
+        assert result.exception is error or result.exit_code == 1
+    else:
+        assert (result.exit_code, result.output) == (2, said)
 
 
 def test_a_configuration_must_name_its_type(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,13 @@ def test_a_tokenizer_without_a_template_is_refused_before_anything_is_started(mo
     assert "loaded" not in error
 
 
+@pytest.mark.parametrize("more", [(), ("--tp", "2"), ("--dp", "2")])
+def test_a_prompt_without_tokens_is_refused_before_anything_is_compiled(more: tuple[str, ...]) -> None:
+    output, error = run("--prompt", "a", "--prompt", "", "--no-cache", *more, code=2)
+    assert "makes no tokens of the prompt '': give a text" in " ".join(error.split())
+    assert "partitioned in" not in output + error
+
+
 def test_what_a_template_refuses_is_one_line(chatting: str) -> None:
     _, error = run(chatting, "--chat", "--prompt", "bad", code=2)
     assert "refuses 'bad': TemplateError: no bad words" in " ".join(error.split())
@@ -139,12 +148,28 @@ def test_it_says_how_many_tokens_fit() -> None:
         (["--tp", "0", "--prompt", "a"], "tp must be a whole number of ranks, at least 1; got 0"),
         (["--prompt", "\udcff a"], "is not valid text: surrogates not allowed"),
         (["--prompt", "a", "--stop", ""], "stop_strings must not be empty"),
+        (["", "--prompt", "a"], "'' is not a folder: give a checkpoint folder"),
+        (["/", "--prompt", "a"], "/ is a folder, but no checkpoint: it has no config.json"),
+        (["x" * 300, "--prompt", "a"], "File name too long"),
+        (
+            ["--prompt", "a", "--no-cache", "--device", "cuda:99"],
+            'error: the device is "cuda:99", and this machine has',
+        ),
     ],
 )
 def test_wrong_questions_are_refused_in_a_line(arguments: list[str], said: str) -> None:
     result = CliRunner().invoke(app, ["run", *arguments])
     assert result.exit_code == 2
     assert said in result.output
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("more", [(), ("--simulate", "--tp", "2")])
+def test_one_process_ends_after_its_timeout_as_several_do(more: tuple[str, ...]) -> None:
+    asked = [sys.executable, "-m", "partitioner", "run", "--no-cache", "--prompt", "a", "--timeout", "0.2", *more]
+    result = subprocess.run(asked, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "error: the ranks did not finish within 0.2 s and were stopped" in result.stderr
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:

@@ -178,6 +178,39 @@ def test_half_a_head_is_not_waited_for() -> None:
             assert len(client._transport._pool.connections) == 1  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"\x16\x03\x01\x02\x00" * 20,  # as TLS begins
+        b"GET /health\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: -4\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\ncontent-length: 5\r\n\r\nabcd",
+        b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\nZZ\r\n",
+        b"GET /health HTTP/1.1\r\nx: " + b"a" * 100_000 + b"\r\n\r\n",
+    ],
+    ids=["TLS", "no version", "negative length", "two lengths", "chunk of no size", "long head"],
+)
+def test_what_is_no_http_is_told_of_in_the_form_of_errors(url: str, said: bytes) -> None:
+    """uvicorn answers with plain text, which OpenAI's clients show as an error without a message."""
+    host, port = url.removeprefix("http://").split(":")
+    found = b""
+    with socket.create_connection((host, int(port)), timeout=10) as client:
+        client.sendall(said)
+        with contextlib.suppress(ConnectionResetError):
+            while come := client.recv(1 << 16):
+                found += come
+    head, _, body = found.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"content-type: application/json" in head.lower()
+    assert json.loads(body)["error"] == {
+        "message": "Invalid HTTP request received.",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": None,
+    }
+    assert httpx2.get(f"{url}/health").status_code == 200
+
+
 def _closed(client: socket.socket) -> bool:
     try:
         return client.recv(1) == b""

@@ -122,6 +122,7 @@ def test_sampling_options_are_those_of_generate(client: openai.OpenAI, alone: An
     bias = tokenizer(" the")["input_ids"][0]
     for asked, options in (
         ({"temperature": 0.7, "top_p": 0.9}, {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0}),
+        ({"temperature": 1.3, "top_p": 0}, {}),  # as OpenAI has it, the likeliest token alone
         ({"extra_body": {"top_k": 7, "min_p": 0.1}}, {"do_sample": True, "top_k": 7, "min_p": 0.1}),
         (
             {"temperature": 0, "presence_penalty": 1.5, "frequency_penalty": 0.5},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -130,6 +131,26 @@ def test_what_is_spoilt_is_not_used(spoil: Any, cache: Path) -> None:
     assert find() is not None
     spoil(cache)
     assert find() is None
+
+
+def test_what_cannot_be_kept_is_told(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk, or a folder of somebody else's: every start compiled again, without a word."""
+
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+
+    assert not compiled.keep("0" * 64, full)
+    assert "the compiled program is not kept, so the next start compiles again: " in caplog.text
+    assert "No space left on device" in caplog.text
+    caplog.clear()
+    assert compiled.keep(key(), full)  # another process has kept it
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert not caplog.text
+    assert not compiled.keep(key(), lambda folder: folder.mkdir())
+    assert "is not kept" in caplog.text
 
 
 def test_the_oldest_go(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,15 @@ def test_codes_survive_packing() -> None:
     assert torch.equal(nibbles(pack_nibbles(codes), 0, 15), codes)
     words = (torch.arange(7)[None] * 0x1234567).to(torch.int32)
     assert torch.equal(nibbles(words.T, 0, 8), nibbles(torch.stack(list(words.T)), 0, 8))
+    for part in (
+        words[:, :1].T,
+        words[:1],
+        words[:, :1],
+        words[:1].T,
+    ):  # a column, of which each stride may be anything
+        assert torch.equal(
+            nibbles(part, 0, 8 * part.shape[1]), nibbles(part.clone().contiguous(), 0, 8 * part.shape[1])
+        )
 
 
 @pytest.mark.parametrize(

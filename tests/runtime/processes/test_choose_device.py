@@ -19,7 +19,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
         ("auto", 2, 2, "cuda"),
         ("cpu", 2, 1, "cpu"),
         ("cuda", 4, 2, "cuda"),
-        ("cuda:1", 0, 2, "cuda:1"),
+        ("cuda:1", 2, 2, "cuda:1"),
         (torch.device("meta"), 0, 1, "meta"),
     ],
 )
@@ -38,3 +38,19 @@ def test_fewer_gpus_than_ranks_are_told(monkeypatch: pytest.MonkeyPatch, count: 
 def test_what_is_no_device_is_told() -> None:
     with pytest.raises(InputError, match="must be auto, cpu or cuda"):
         choose_device("gpu", num_ranks=1)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "count", "said"),
+    [
+        ("cuda:9", 0, "this machine has no GPU that torch can use"),
+        ("cuda:2", 2, "this machine has GPUs 0 to 1"),
+        ("meta", 0, "which this torch cannot use: it holds no numbers"),
+        ("xla", 0, "which this torch cannot use: "),
+    ],
+)
+def test_a_device_that_is_not_here_is_told(monkeypatch: pytest.MonkeyPatch, wanted: str, count: int, said: str) -> None:
+    """It was told after the model had been compiled, as a fault of the program that was to run there."""
+    gpus(monkeypatch, count)
+    with pytest.raises(InputError, match=f'the device is "{wanted}", .*{said}.*: use "auto" or "cpu"|{said}'):
+        choose_device(wanted, num_ranks=1)

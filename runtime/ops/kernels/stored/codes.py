@@ -47,8 +47,10 @@ def nibbles(words: Tensor, start: int, stop: int, order: Sequence[int] | None = 
     """
     size = words.element_size()
     per_word = 2 * size
-    # flat first: where the last dim is one word, its stride may be anything, and torch views no bytes of it
-    packed = words.reshape(-1).view(torch.uint8).view(*words.shape[:-1], size * words.shape[-1])
+    # flat and dense first: where a dim has one index, its stride may be anything, and torch views no bytes of that
+    flat = words.reshape(-1)
+    flat = flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)
+    packed = flat.view(torch.uint8).view(*words.shape[:-1], size * words.shape[-1])
     codes = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
     if order is not None:
         codes = codes.reshape(*codes.shape[:-1], -1, len(order))[..., list(order)].flatten(-2)

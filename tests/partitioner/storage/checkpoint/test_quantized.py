@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -171,6 +172,31 @@ def compare(folder: Path, names: Any, form: str) -> None:
             assert same_bits(found, whole[tuple(slice(*ends) for ends in block)]), (name, block)
 
 
+@pytest.mark.parametrize("form", ["gptq", "awq"])
+def test_weights_whose_inputs_are_rows_are_turned_as_they_were_packed(tmp_path: Path, form: str) -> None:
+    """GPT-2's projection after attention is square: it fitted as it was, and was the transpose of the right numbers."""
+    model, _ = zoo.tiny("gpt2")
+    model.bfloat16().save_pretrained(tmp_path / "plain")
+    pack, config = quantise.FORMATS[form]
+    tensors, names = stored(tmp_path / "plain"), []
+    for name in [name for name in tensors if re.search(r"c_(attn|proj|fc)\.weight$", name)]:
+        tensors |= pack(name.removesuffix(".weight"), tensors.pop(name).float().T)
+        names.append(name)
+    fields = json.loads((tmp_path / "plain" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"quantization_config": config}))
+    quantise.write(tmp_path, tensors)
+    opened = open_checkpoint(tmp_path, dtype=torch.float32)
+    parameters = dict(opened.model.named_parameters())
+    assert len([name for name in names if len(set(parameters[name].shape)) == 1]) == 2
+    for name in names:
+        whole = expected(form, tensors, name).float().T
+        for block in blocks(tuple(whole.shape)):
+            described = shard(name, parameters[name], block)
+            pieces = opened.origins.of(described)
+            (found,) = opened.origins.source.load([WeightShard(**{**vars(described), "pieces": pieces})], CPU)
+            assert same_bits(found, whole[tuple(slice(*ends) for ends in block)]), (name, block)
+
+
 @pytest.mark.parametrize(
     ("name", "form", "plan"),
     [
@@ -302,6 +328,7 @@ def test_damaged_words_are_refused_by_name(tmp_path: Path, form: str, part: str,
     [
         ("awq", {"bits": 3}, r"quantised to 3 bits by awq: only 4 bits"),
         ("awq", {"version": "gemv"}, r"version='gemv'; those that can be read by parts: gemm"),
+        ("awq", {"version": None, "format": "gemv_fast"}, r"format='gemv_fast'; those that can be read by parts: gemm"),
         ("gptq", {"group_size": -7}, r"group_size .* whole number of at least 1, got '-7'"),
         ("gptq", {"checkpoint_format": "marlin"}, r"checkpoint_format='marlin'"),
         ("gptq", {"format": "marlin"}, r"format='marlin'; those that can be read by parts: gptq, gptq_v2"),
@@ -383,10 +410,72 @@ def test_gptq_whose_modules_differ(tmp_path: Path) -> None:
         linear(tmp_path, tensors, config, dynamic=dynamic)
 
 
+def test_gptq_in_activation_order_needs_the_order(tmp_path: Path) -> None:
+    """Without it each column had the scale of its place: other numbers, and no error."""
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    pack, config = quantise.FORMATS["gptq-ordered"]
+    tensors = pack("up_proj", weight)
+    assert linear(tmp_path, tensors, config).groups is not None
+    del tensors["up_proj.g_idx"]
+    for fields in ({}, {"desc_act": False, "dynamic": {"+:.*up_proj": {"desc_act": True}}}):
+        with pytest.raises(WeightError, match=r"lacks 'up_proj.g_idx', which the quantised tensor 'up_proj.weight'"):
+            linear(tmp_path, tensors, config, **fields)
+    assert linear(tmp_path, tensors, config, desc_act=False).groups is None
+    whole = quantise._gptq("up_proj", weight, torch.zeros(64, dtype=torch.long))
+    del whole["up_proj.g_idx"]  # one group has no order
+    assert linear(tmp_path, whole, config, group_size=-1).groups is None
+
+
+@pytest.mark.parametrize("form", ["gptq", "awq", "packed"])
+def test_a_weight_beside_its_codes_is_refused(tmp_path: Path, form: str) -> None:
+    """The codes were taken, and the other one dropped without a word."""
+    pack, config = quantise.FORMATS[form]
+    tensors = pack("up_proj", torch.randn(16, 64, generator=torch.Generator().manual_seed(0)))
+    assert linear(tmp_path, tensors, config).shape == (16, 64)
+    with pytest.raises(WeightError, match=r"holds 'up_proj.weight' twice: as float32 \[16, 64\], and quantised as"):
+        linear(tmp_path, {**tensors, "up_proj.weight": torch.zeros(16, 64)}, config)
+
+
+@pytest.mark.parametrize(
+    ("shape", "grid", "block"),
+    [
+        ((104, 96), (4, 3), None),  # cut-off blocks of 32, and 26 x 32 by division
+        ((104, 96), (2, 3), None),
+        ((96, 96), (3, 3), (32, 32)),
+        ((96, 96), (96, 1), (1, 96)),
+        ((104, 96), (1, 3), (104, 32)),
+        ((104, 96), (104, 3), (1, 32)),
+    ],
+)
+def test_blocks_that_the_configuration_does_not_have_are_likely_ones(
+    tmp_path: Path, shape: tuple[int, int], grid: tuple[int, int], block: tuple[int, int] | None
+) -> None:
+    """26 rows to a scale fit the shapes as well, and were other numbers than those of a configuration with 32."""
+    tensors = {
+        "up_proj.weight": torch.zeros(shape).to(torch.float8_e4m3fn),
+        "up_proj.weight_scale_inv": torch.ones(grid),
+    }
+    if block is None:
+        with pytest.raises(WeightError, match=r"weight_scale_inv' is float32 .*; required: one scale for each block"):
+            linear(tmp_path, tensors, {"quant_method": "fp8"})
+    else:
+        assert linear(tmp_path, tensors, {"quant_method": "fp8"}).block == block
+    if grid == (4, 3):
+        assert linear(tmp_path, tensors, {"quant_method": "fp8"}, weight_block_size=[32, 32]).block == (32, 32)
+
+
+def test_bytes_that_are_no_float8_are_no_numbers(tmp_path: Path) -> None:
+    """transformers takes them for pairs of FP4."""
+    tensors = {"up_proj.weight": torch.ones(64, 64, dtype=torch.int8), "up_proj.weight_scale_inv": torch.ones(2, 2)}
+    with pytest.raises(CaptureError, match=r"'up_proj.weight' holds bytes that are no float8, FP4 in pairs"):
+        linear(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [32, 32]})
+
+
 def test_gptq_of_the_second_version_by_its_older_name(tmp_path: Path) -> None:
     pack, config = quantise.FORMATS["gptq"]
     tensors = pack("up_proj", torch.randn(16, 64, generator=torch.Generator().manual_seed(0)))
     assert linear(tmp_path, tensors, config, format="gptq_v2").format == "gptq_v2"
+    assert linear(tmp_path, tensors, config, format="GPTQ_V2").format == "gptq_v2"
     assert linear(tmp_path, tensors, config).format == "gptq"
 
 
@@ -402,6 +491,21 @@ def test_codes_that_no_configuration_names_are_refused(tmp_path: Path, kind: tor
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(WeightError, match=r"weight' is stored as \w+, and no quantization_config in config.json says"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(("form", "codes"), [("gptq", "qweight"), ("packed", "weight_packed")])
+@pytest.mark.parametrize("config", [None, {"quant_method": "fp8"}])
+def test_words_that_no_configuration_explains_are_named(
+    tmp_path: Path, form: str, codes: str, config: dict[str, Any] | None
+) -> None:
+    """They were told as weights that are missing, to be completed."""
+    folder = quantised("llama", form)[0]
+    for file in (*folder.glob("*.json"), *folder.glob("*.safetensors")):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    fields = json.loads((folder / "config.json").read_text()) | {"quantization_config": config}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(WeightError, match=rf"lacks 14 weights .*_proj.{codes}' looks like codes of a quantised weight"):
+        open_checkpoint(tmp_path)
 
 
 def test_layers_that_predict_further_tokens_are_left_out_and_told(tmp_path: Path) -> None:

@@ -214,6 +214,12 @@ def test_what_never_fits_is_refused_in_words() -> None:
         loop = engine.batching(TIGHT)
         with pytest.raises(InputError, match="room for 144 of one request"):
             loop.add(0, many_requests.request(Case([5] * 100, {"max_new_tokens": 60})))
+        longest = loop.status()["longest_that_fits"]
+        assert longest == 145  # the last token is not run
+        with pytest.raises(InputError, match="room for 144 of one request"):
+            loop.add(0, many_requests.request(Case([5] * 100, {"max_new_tokens": longest - 99})))
+        loop.add(0, many_requests.request(Case([5] * 100, {"max_new_tokens": longest - 100})))
+        loop.cancel(0)
         with pytest.raises(InputError, match="out of range"):
             loop.add(1, many_requests.request(Case([5000], {"max_new_tokens": 4})))
         with pytest.raises(InputError, match="one row"):
