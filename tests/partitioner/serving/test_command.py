@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import partitioner
-from partitioner.cli import serve
+from partitioner.cli.actions import serve
 from partitioner.cli.app import app
 from partitioner.errors import InputError
 from partitioner.serving import open_service
