@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.processes import typed
+from tests.support.processes.free_port import free_port
 
 README = (typed.ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -24,8 +24,7 @@ def test_the_code_of_the_readme(tmp_path: Path) -> None:
     assert 'device="cuda"' in in_processes
     # one rank, which needs no launcher
     alone = in_processes.replace('device="cuda"', 'device="cpu"')
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     connect = f"import os\nos.environ |= {place}\nparts = partition(EXAMPLE_MODEL, Plan())\n{alone}"
     done = typed.run("-c", f"{first}\n{connect}\nprint('written', written.shape)", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -57,8 +56,7 @@ def test_the_commands_for_torchrun(tmp_path: Path) -> None:
 
 
 def torchrun(commands: list[str], folder: Path) -> list[str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     environment = {**os.environ, "PYTHONPATH": str(typed.ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     started = []
     with (folder / "stderr").open("wb") as stderr:

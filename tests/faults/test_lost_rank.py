@@ -23,6 +23,7 @@ import pytest
 
 from tests.faults.faulty_rank import Case, Outcome
 from tests.support.processes import forked
+from tests.support.processes.free_port import free_port
 
 pytestmark = pytest.mark.processes
 
@@ -90,7 +91,7 @@ class Ranks:
         folder.mkdir()
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        case = replace(case, port=_free_port(), folder=str(folder))
+        case = replace(case, port=free_port(), folder=str(folder))
         before = _left_over()
         self._process.stdin.write(json.dumps(asdict(case)) + "\n")
         self._process.stdin.flush()
@@ -113,12 +114,6 @@ def _left_over() -> set[str]:
     """Shared memory that has a name; not locks of multiprocessing, which compilers in other tests use meanwhile."""
     names = {path.name for path in Path("/dev/shm").iterdir()} if Path("/dev/shm").is_dir() else set()
     return {name for name in names if not name.startswith("sem.mp-")}
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from tests.support.processes.free_port import free_port
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,8 +26,7 @@ SLACK_S = 0.5  # of a loaded machine
 
 def run(pytestconfig: pytest.Config, folder: Path, case: list[str]) -> tuple[list[int], list[str], list[float]]:
     """Exit codes, errors, and when each of two ranks ended, in seconds after the fault; nobody supervises them."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     processes: list[subprocess.Popen[bytes]] = []
     for rank in range(2):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
@@ -46,8 +46,9 @@ def run(pytestconfig: pytest.Config, folder: Path, case: list[str]) -> tuple[lis
         for each in processes:
             each.kill()
             each.wait()
-    since = float(json.loads((folder / "when").read_text()))
     texts = [(folder / f"stderr-{rank}").read_text(errors="replace") for rank in range(2)]
+    assert (folder / "when").exists(), texts  # none has come as far as the fault
+    since = float(json.loads((folder / "when").read_text()))
     return [each.returncode for each in processes], texts, [ended.get(r, float("inf")) - since for r in range(2)]
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import gc
 import os
-import socket
 import sys
 import time
 import traceback
@@ -23,6 +22,7 @@ from partitioner.compile.compare import difference
 from runtime.engine import Engine
 from tests.support import generated
 from tests.support.partitioned import EXACT, compiled_for, tokens
+from tests.support.processes.free_port import free_port
 
 NEW = 6
 LENGTHS = (1, 4, 11)
@@ -74,8 +74,7 @@ def failures(text: str, name: str) -> int:
     for number in range(parts.mesh.world_size):  # all that ranks read is made once
         for entry in ("text", "prefill", "decode"):
             parts.entry(entry, number)  # type: ignore[arg-type]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     count = parts.mesh.world_size * parts.replicas
     print(f"{name} at {text}: {count} processes", flush=True)
     gc.freeze()  # a rank that ends would else look at, and so copy, all that was made here

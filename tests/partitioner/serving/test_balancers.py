@@ -17,20 +17,15 @@ import pytest
 from transformers import AutoTokenizer
 
 from partitioner.serving.http.limits import Limits
-from partitioner.serving.http.server import bound
 from partitioner.serving.http.service import Service
 from partitioner.storage.example import EXAMPLE_MODEL
 from tests.partitioner.serving.scripted_model import ScriptedModel
 from tests.partitioner.serving.served import ROOT, in_thread
+from tests.support.processes.free_port import free_port
 
 EXAMPLES = ROOT / "examples" / "serving"
 COMMANDS = {"haproxy": ["haproxy", "-f", "haproxy.cfg"], "nginx": ["nginx", "-p", ".", "-c", "nginx.conf"]}
 ASKED = {"model": "m", "prompt": "If", "max_tokens": 3}
-
-
-def free_port() -> int:
-    with bound("127.0.0.1", 0) as found:
-        return int(found.getsockname()[1])
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from partitioner.errors import InputError
 from partitioner.serving.on_ray import application
 from partitioner.storage.example import EXAMPLE_MODEL
 from tests.partitioner.serving.served import ROOT
+from tests.support.processes.free_port import free_port
 
 PATIENCE_S = 240
 SERVES = """
@@ -165,7 +166,4 @@ def test_two_replicas_on_a_local_ray(tmp_path: Path, unused_port: int) -> None:
 
 @pytest.fixture
 def unused_port() -> int:
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
+    return free_port()
