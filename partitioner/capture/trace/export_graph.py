@@ -9,7 +9,8 @@ import contextlib
 import io
 import sys
 import traceback
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -182,10 +183,19 @@ def export_step(
     return exported
 
 
+@contextlib.contextmanager
+def _own_states() -> Iterator[None]:
+    """A model may keep what it remembers in attributes of its modules, which torch warns about and puts back."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"The tensor attributes? .* (was|were) assigned during export")
+        yield
+
+
 def run_export(
     traced: nn.Module, example: Mapping[str, Tensor], masks: _Masks, dims: Mapping[str, Mapping[int, Any]]
 ) -> ExportedProgram:
     with (
+        _own_states(),
         installed(masks),
         torch.no_grad(),
         innermost_lines(),

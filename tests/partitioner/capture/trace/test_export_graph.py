@@ -7,6 +7,7 @@ import contextlib
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
 from partitioner.capture.overheads import unread
 from partitioner.capture.trace import export_graph
@@ -47,3 +48,21 @@ def test_the_grad_mode_is_switched_and_not_recorded(monkeypatch: pytest.MonkeyPa
     assert "forward" not in vars(model)
     monkeypatch.setattr(unread, "_grad_mode_unrecorded", lambda traced: contextlib.nullcontext())
     assert "wrap_with_set_grad_enabled" in _ops(model, x)
+
+
+class _Keeps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: Tensor | None = None
+
+    def forward(self, *given: torch.Tensor) -> torch.Tensor:
+        self.kept = 2 * given[0]
+        return self.kept + 1
+
+
+def test_what_a_model_keeps_in_its_attributes_is_no_error() -> None:
+    """Also where warnings are errors: torch warns about it, and puts back what was there."""
+    model = _Keeps()
+    exported = export_graph.run_export(model, {"x": torch.ones(2, 3)}, export_graph._Masks([]), {"x": {0: Dim.DYNAMIC}})
+    assert torch.equal(exported.module()(torch.ones(4, 3)), torch.full((4, 3), 3.0))
+    assert model.kept is None
