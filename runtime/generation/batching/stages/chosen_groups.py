@@ -103,7 +103,7 @@ class GroupDevice:
 
 
 class ChosenGroups:
-    """See the module's docstring. goes_on: whether steps may choose now, as that of `run` would."""
+    """One rank's part; see the module's docstring."""
 
     def __init__(self, ahead: StepsAhead, staged: StagedSteps) -> None:
         self._ahead, self._staged = ahead, staged

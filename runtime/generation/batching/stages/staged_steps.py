@@ -109,6 +109,7 @@ class StagedSteps:
         self._met: set[tuple[object, ...]] = set()
         """What ranks have compared: where to, of which run, and of which sizes."""
         self._silent: dict[int, Tensor] = {}
+        """Of `_silence`."""
 
     def run_handed_on(self) -> None:
         """Runs what the stage before ran in the last slot, which does not hang on what the first one begins in this."""
