@@ -41,6 +41,8 @@ def choose_device(wanted: str | torch.device, *, num_ranks: int) -> torch.device
 
 
 def _require(device: torch.device) -> None:
+    import torch
+
     try:
         if device.type == "meta":
             raise RuntimeError("it holds no numbers")

@@ -37,6 +37,7 @@ def test_options_and_paths_that_it_names_exist() -> None:
         "--continuous-batching",
         "--minutes",
         "--parts",
+        "--pieces",
         "--ranks",
         "--rounds",
         "--seconds",

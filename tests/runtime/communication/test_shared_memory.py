@@ -131,7 +131,7 @@ def test_what_is_no_option_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CommunicationError, match="must be one of auto, on, off; got 'yes'"):
         ProcessGroups.connect(Mesh.of(tp=2), shared_memory="yes")  # type: ignore[arg-type]
     with pytest.raises(CommunicationError, match="is for ranks on CPU or CUDA, these are on meta"):
-        ProcessGroups.connect(Mesh.of(tp=2), device="meta", shared_memory="on")
+        ProcessGroups.connect(Mesh.of(tp=2), device=torch.device("meta"), shared_memory="on")
 
 
 @pytest.fixture
