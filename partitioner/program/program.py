@@ -244,6 +244,7 @@ class Program:
             self,
             graph=copy_graph(self.graph)[0],
             weights=dict(self.weights),
+            symbols=dict(self.symbols),
             mesh=mesh or self.mesh,
             table=dict(self.table),
             weight_layouts=dict(self.weight_layouts),

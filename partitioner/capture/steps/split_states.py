@@ -42,7 +42,8 @@ def split_states(
         if state.per_token:
             continue
         value = next(last)
-        parts = _split(graph, reads.get(number), value, state)
+        of_one_layer = state.layer >= 0
+        parts = None if of_one_layer else _split(graph, reads.get(number), value, state)
         if parts is None:
             kept.append(state)
             values.append(value)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 
 import pytest
+import sympy
 import torch
 from torch import nn
 from transformers import GenerationConfig
@@ -103,6 +104,19 @@ def test_what_a_generation_config_says_is_the_models_own(traced):
     assert len(traced) == 1
     assert (other.eos_token_id, other.generation) == ((7,), {"repetition_penalty": 1.5})
     assert (one.eos_token_id, one.generation) == (ends_of(first), generation_of(first)) != ((7,), other.generation)
+
+
+def test_what_is_changed_of_a_shared_trace_is_not_changed_of_the_next(traced):
+    """Whole texts that run by the code for single tokens are its program with one more size."""
+    first = trace(fresh())
+    before = set(first.symbols), list(first.notes), set(first.weights), len(first.graph.nodes)
+    first.symbols["tokens"] = sympy.Symbol("tokens")
+    first.notes.append("changed")
+    first.weights.clear()
+    first.graph.erase_node(next(iter(reversed(first.graph.nodes))))
+    second = trace(fresh())
+    assert len(traced) == 1
+    assert (set(second.symbols), list(second.notes), set(second.weights), len(second.graph.nodes)) == before
 
 
 def test_code_that_is_not_transformers_own_is_always_traced():

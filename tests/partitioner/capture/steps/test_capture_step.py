@@ -91,6 +91,14 @@ def test_states_in_modules_and_in_objects_of_the_models_own_are_found(name: str,
     assert {round(node.args[2] / 1e30) for node in begins} == ({-1} if name == "rwkv" else set())
 
 
+def test_a_state_of_one_layer_is_one_whose_heads_are_written_one_by_one() -> None:
+    """By the code for single tokens; that for several stacks them. Else the two would remember different things."""
+    model = zoo.tiny("zamba", num_hidden_layers=1, layer_types=["linear_attention"])[0]
+    step, piece = (make(model, mesh=Mesh.of()) for make in (capture_step, capture_piece))
+    assert nodes(step, torch.ops.aten.select_scatter.default)
+    assert step.states == piece.states
+
+
 def test_a_model_whose_first_run_changes_its_weights_is_refused() -> None:
     model, ids = zoo.tiny("rwkv", num_hidden_layers=7)
     with pytest.raises(CaptureError, match="its first run changes its own weights"):
