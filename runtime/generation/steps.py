@@ -243,11 +243,11 @@ class Steps:
         return execute([*values, *received], like="packed" if piece.packed else like)
 
     def _packed_room(self, piece: Piece) -> Room | None:
-        """Of a packed piece that may be captured, as `PackedPieces.sizes` has it."""
+        """Of a packed piece that may be captured, as `PackedPieces.room_of` has it."""
         keeps_busy = sum(map(len, piece.tokens)) >= self.packs_below
         if self._packed is None or keeps_busy or not self._comes_again(piece, self._ways.packs_steadily):
             return None
-        return self._packed.sizes(piece)
+        return self._packed.room_of(piece)
 
     def _packed_tokens(self, piece: Piece) -> int:
         """How many a run of a packed piece has."""

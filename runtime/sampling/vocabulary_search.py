@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from partitioner.sharding.index_set import IndexSet
 from runtime.communication.communicator import Communicator
 from runtime.ops.collectives import all_gather
 from runtime.ops.communicating import as_axes, axes_text
+from runtime.program.rank_program import RankProgram
 from runtime.sampling.candidates import rank_candidates, softmax_mass
 from runtime.sampling.counter_random import gumbel
 from runtime.sampling.likeliest.likeliest_tokens import best, largest, takes
@@ -66,6 +68,17 @@ class VocabularySearch:
         self._sizes = torch.tensor([part.size for part in parts], device=device)
         self.gather = communicator.bind(all_gather, axis, node="sampler", options={"dim": 0})
         """Of what each rank brings, [1, ..]."""
+
+    @classmethod
+    def of(cls, program: RankProgram, communicator: Communicator, device: torch.device) -> Self:
+        """In the logits of a rank's program."""
+        return cls(
+            communicator,
+            vocab_size=program.vocab_size,
+            owned=program.vocabulary,
+            axis=program.vocabulary_axes,
+            device=device,
+        )
 
     def likeliest(self, own: Tensor, *, scored: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Tokens, their logits in float64 or as they are, and log-probabilities where `scored`, [B] each."""

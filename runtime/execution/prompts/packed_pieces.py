@@ -72,7 +72,7 @@ class PackedPieces:
         self._execute, self._cache, self._pieces, self._yields = execute, cache, pieces, yields
         self._group = 0 if execute.program.stage is None else _OF_ALL_GROUPS
 
-    def sizes(self, piece: Piece) -> Room | None:
+    def room_of(self, piece: Piece) -> Room | None:
         """For what the captured run has room; None: it is none of these."""
         cache, counts = self._cache, [len(row) for row in piece.tokens]
         start, size = piece.starts[-1], _size(counts[-1])
@@ -83,8 +83,8 @@ class PackedPieces:
         return Room(rows, size, min(_past(start), most) if start else 0)
 
     def __call__(self, piece: Piece, rows: PagedRows, received: Sequence[Tensor] = ()) -> Any:
-        """Logits [n, 1, V/r] of the rows that are told, or what the stage hands on; of a piece that has `sizes`."""
-        cache, room = self._cache, self.sizes(piece)
+        """Logits [n, 1, V/r] of the rows that are told, or what the stage hands on; of a piece that has a `room_of`."""
+        cache, room = self._cache, self.room_of(piece)
         assert room is not None
         cache.fix(PagedRows(rows.numbers[:-1], rows.tables[:-1]), room.rows, group=self._group)
 
@@ -166,7 +166,7 @@ class PackedPieces:
 
 
 def _past(tokens: int) -> int:
-    """For how many tokens before those of a prompt a capture has room: few sizes, since many are seldom there."""
+    """For how many tokens before those of a prompt a capture has room; each size is captured by itself."""
     return max(_LEAST_PAST, 1 << 2 * -(-(tokens - 1).bit_length() // 2))
 
 

@@ -155,6 +155,7 @@ class RowChooser:
     ) -> None:
         self._program, self._communicator, self._device, self._profiler = program, communicator, device, profiler
         self._samplers: dict[Sampling, Sampler] = {}
+        self._search: VocabularySearch | None = None
         self._row_samplers: dict[int, RowSampler] = {}
         """By the number of rows."""
 
@@ -180,13 +181,10 @@ class RowChooser:
         ]
 
     def _row_sampler(self, rows: int) -> RowSampler:
+        if self._search is None:
+            self._search = VocabularySearch.of(self._program, self._communicator, self._device)
         if rows not in self._row_samplers:
-            program = self._program
-            search = VocabularySearch(
-                self._communicator, vocab_size=program.vocab_size, owned=program.vocabulary,
-                axis=program.vocabulary_axes, device=self._device,
-            )  # fmt: skip
-            self._row_samplers[rows] = RowSampler(search, rows, self._device)
+            self._row_samplers[rows] = RowSampler(self._search, rows, self._device)
         return self._row_samplers[rows]
 
     def _apart(self, logits: Tensor, asked: Sequence[Asked]) -> list[Choice]:

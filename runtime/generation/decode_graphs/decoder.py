@@ -184,13 +184,7 @@ class Decoder:
         """What chooses in its steps."""
         if self._row_sampler is None:
             program = self._program
-            search = VocabularySearch(
-                self._execute.communicator,
-                vocab_size=program.vocab_size,
-                owned=program.vocabulary,
-                axis=program.vocabulary_axes,
-                device=self._device,
-            )
+            search = VocabularySearch.of(program, self._execute.communicator, self._device)
             # a state that has moved on cannot be taken back when the host finds that a row was not certain
             whole = not all(state.per_token for state in program.states)
             self._row_sampler = RowSampler(search, self.batch, self._device, whole=whole)
